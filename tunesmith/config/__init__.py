@@ -1,0 +1,30 @@
+"""The config: its schema, and how a YAML file with line numbers becomes one."""
+
+from tunesmith.config.load import dump_config, load_config
+from tunesmith.config.schema import (
+    AdapterConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvalConfig",
+    "ModelConfig",
+    "RunConfig",
+    "SourceConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "dump_config",
+    "load_config",
+]
