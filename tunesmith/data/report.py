@@ -1,0 +1,97 @@
+"""The account of every row: what was read, kept, cut and dropped, and why. It is `data_report.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from tunesmith.data.prepare import PreparedRow
+from tunesmith.errors import DataError
+
+# A report lists the rows themselves up to this many, and counts all of them.
+_MAX_LISTED = 10_000
+
+
+@dataclass
+class SourceReport:
+    """Counts of one source. rows_read = rows_kept + rows_bad + rows_too_long, for any input."""
+
+    path: str
+    format: str
+    rows_read: int = 0
+    rows_kept: int = 0
+    rows_bad: int = 0
+    rows_too_long: int = 0
+    rows_cut: int = 0
+    examples: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    tokens_cut: int = 0
+    target_tokens_cut: int = 0
+    examples_too_long: int = 0
+    tokens_too_long: int = 0
+    target_tokens_too_long: int = 0
+    bad_by_reason: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    listed: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, row: PreparedRow) -> None:
+        """Count one row."""
+        self.rows_read += 1
+        self.notes.update(set(row.notes))
+        if row.problem is not None:
+            self.rows_bad += 1
+            self.bad_by_reason[row.problem.reason] += 1
+            self._list(row.place, row.problem.reason, row.problem.detail)
+            return
+        self.rows_kept += bool(row.examples)
+        self.rows_too_long += not row.examples
+        for tokens, targets in row.too_long:
+            self.examples_too_long += 1
+            self.tokens_too_long += tokens
+            self.target_tokens_too_long += targets
+            self._list(row.place, "too_long", f"{tokens} tokens, {targets} of them targets: left out")
+        cut = [example for example in row.examples if example.num_cut_tokens]
+        self.rows_cut += bool(cut)
+        for example in cut:
+            self.tokens_cut += example.num_cut_tokens
+            self.target_tokens_cut += example.num_cut_targets
+            self._list(row.place, "cut", f"{example.num_cut_tokens} tokens cut, {example.num_cut_targets} of them targets")
+        for example in row.examples:
+            self.examples += 1
+            self.tokens += len(example.input_ids)
+            self.target_tokens += example.num_targets
+
+    def _list(self, place: str, what: str, detail: str) -> None:
+        if len(self.listed) < _MAX_LISTED:
+            self.listed.append({"place": place, "what": what, "detail": detail})
+
+    def refuse_bad_rows(self) -> None:
+        """Raise DataError with the first 20 bad rows and the counts by reason, if there is any."""
+        if not self.rows_bad:
+            return
+        bad = [item for item in self.listed if item["what"] in self.bad_by_reason]
+        lines = [f"{item['place']}: {item['what']}: {item['detail']}" for item in bad[:20]]
+        if self.rows_bad > len(lines):
+            lines.append(f"... and {self.rows_bad - len(lines)} more")
+        counts = ", ".join(f"{reason} {count}" for reason, count in self.bad_by_reason.most_common())
+        lines.append(
+            f"{self.rows_bad} of {self.rows_read} rows of {self.path} cannot be used ({counts}). "
+            "Mend them, or set data.on_bad_row=skip to leave them out and count them."
+        )
+        raise DataError("\n".join(lines))
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {
+            "bad_by_reason": dict(self.bad_by_reason),
+            "notes": dict(self.notes),
+            "listed": self.listed,
+            "not_listed": max(0, self.rows_bad + self.examples_too_long + self.rows_cut - len(self.listed)),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SourceReport:
+        values = {key: value for key, value in values.items() if key != "not_listed"}
+        return cls(**values | {"bad_by_reason": Counter(values["bad_by_reason"]), "notes": Counter(values["notes"])})
