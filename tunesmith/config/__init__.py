@@ -1,5 +1,6 @@
 """The config: its schema, and how a YAML file with line numbers becomes one."""
 
+from tunesmith.config.keys import all_keys
 from tunesmith.config.load import dump_config, load_config
 from tunesmith.config.schema import (
     AdapterConfig,
@@ -25,6 +26,7 @@ __all__ = [
     "SourceConfig",
     "TrackingConfig",
     "TrainConfig",
+    "all_keys",
     "dump_config",
     "load_config",
 ]

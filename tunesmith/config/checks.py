@@ -1,16 +1,17 @@
 """Defaults that follow from other settings, and contradictions between settings.
 
-Each contradiction is one line in `CONTRADICTIONS`: the key to blame, when it holds, and what to do about it. All
-that hold are reported together.
+Each contradiction is one entry of `CONTRADICTIONS`: the keys it reads (the first is the one to blame), when
+it holds, and what to do about it. All that hold are reported together.
 """
 
 from __future__ import annotations
 
+import os.path
+import re
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for types only: the schema calls this file, not the other way about
     from tunesmith.config.schema import Config, Section
 
 # TrainingArguments fields that a setting of ours decides. Setting a thing both ways is an error.
@@ -68,8 +69,24 @@ OWNED_TRAINER_ARGS = {
 }
 
 
+class Contradiction(NamedTuple):
+    """Settings that cannot all hold. `keys` are those it was read from; the first is the one to blame."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+class Contradictions(ValueError):
+    """All contradictions of a config."""
+
+    def __init__(self, found: list[Contradiction]) -> None:
+        super().__init__("\n".join(item.message for item in found))
+        self.found = found
+
+
 def _set(section: Section, **values: Any) -> None:
-    """Fill fields of a frozen section while its config is being built; it counts as default, not as set."""
+    """Fill fields of a frozen section while its config is being built; they still count as defaults, not as
+    set."""
     for key, value in values.items():
         object.__setattr__(section, key, value)
 
@@ -77,6 +94,8 @@ def _set(section: Section, **values: Any) -> None:
 def resolve_defaults(config: Config) -> None:
     """Write out each default that depends on another setting, so that the saved config says what was run."""
     train, data = config.train, config.data
+    if config.run.name is None:
+        _set(config.run, name="run")
     if train.epochs is None and train.max_steps is None:
         _set(train, epochs=3.0)
     if train.micro_batch_tokens is None:
@@ -87,95 +106,164 @@ def resolve_defaults(config: Config) -> None:
         _set(config.eval, batch_tokens=train.micro_batch_tokens)
 
 
-def _adapter_only_keys(config: Config) -> list[str]:
-    return sorted(config.adapter.model_fields_set - {"method"})
+def _changed(section: Section, *keys: str) -> list[str]:
+    """Those of `keys` (all, when none are named) whose value is not the default.
+
+    Not `model_fields_set`: in a saved config, where every default is written out, every key is set."""
+    fields = type(section).model_fields
+    return [key for key in keys or fields if getattr(section, key) != fields[key].default]
 
 
-# (config key, does it hold?, message). The message may use {config}.
-CONTRADICTIONS: list[tuple[str, Callable[[Config], bool], str]] = [
+_ADAPTER_KEYS = (
+    "r",
+    "alpha",
+    "dropout",
+    "target_modules",
+    "modules_to_save",
+    "rslora",
+    "dora",
+    "lora_plus_ratio",
+    "trainable_tokens",
+)
+_EVAL_KEYS = ("every_steps", "early_stopping_patience", "answer_rows")
+
+
+# (keys read, does it hold?, message). The message may use {c}, the config.
+CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
     (
-        "train.epochs",
+        ("train.epochs", "train.max_steps"),
         lambda c: c.train.max_steps is not None and c.train.epochs is not None,
-        "set beside train.max_steps; the run can only end by one of them. Remove one",
+        "train.epochs is {c.train.epochs} and train.max_steps is {c.train.max_steps}; a run ends by one "
+        "of them. Remove one, or set it to null",
     ),
     (
-        "train.micro_batch_tokens",
+        ("train.micro_batch_tokens", "data.max_length"),
         lambda c: (c.train.micro_batch_tokens or 0) < c.data.max_length,
-        "{config.train.micro_batch_tokens} is less than data.max_length={config.data.max_length}, so the longest "
-        "example would not fit in a pass. Raise it, or lower data.max_length",
+        "train.micro_batch_tokens is {c.train.micro_batch_tokens}, less than data.max_length "
+        "{c.data.max_length}: the longest example would not fit in a pass. Raise the one or lower the "
+        "other",
     ),
     (
-        "eval.batch_tokens",
-        lambda c: (c.eval.batch_tokens or 0) < c.data.max_length,
-        "{config.eval.batch_tokens} is less than data.max_length={config.data.max_length}, so the longest example "
-        "would not fit in a pass. Raise it, or lower data.max_length",
+        # When it only repeats train.micro_batch_tokens (its default), that one is to blame and is reported.
+        ("eval.batch_tokens", "data.max_length", "train.micro_batch_tokens"),
+        lambda c: (
+            (c.eval.batch_tokens or 0) < c.data.max_length
+            and c.eval.batch_tokens != c.train.micro_batch_tokens
+        ),
+        "eval.batch_tokens is {c.eval.batch_tokens}, less than data.max_length {c.data.max_length}: the "
+        "longest example would not fit in a pass. Raise the one or lower the other",
     ),
     (
-        "train.max_steps",
+        ("train.max_steps", "data.loading"),
         lambda c: c.data.loading == "streaming" and c.train.max_steps is None,
-        "missing; with data.loading=streaming the number of rows is not known. Set it, or use data.loading=cached",
+        "train.max_steps is missing: with data.loading streaming the number of rows is not known. Set it,"
+        " or use data.loading cached",
     ),
     (
-        "data.valid",
+        ("data.valid", "data.loading"),
         lambda c: c.data.loading == "streaming" and isinstance(c.data.valid, float),
-        "a fraction cannot be split off a stream. Name a validation file, or use data.loading=cached",
+        "data.valid is {c.data.valid}, but a fraction cannot be split off a stream. Name a validation "
+        "file, or use data.loading cached",
     ),
     (
-        "data.train",
-        lambda c: c.data.loading == "streaming" and any(s.weight != 1 for s in c.data.train),
-        "source weights need the number of rows, which data.loading=streaming does not know. Use cached or lazy",
+        ("data.train", "data.loading"),
+        lambda c: c.data.loading == "streaming" and any(source.weight != 1 for source in c.data.train),
+        "data.train has weights, which need the number of rows; with data.loading streaming it is not "
+        "known. Use data.loading cached or lazy",
+    ),
+    *(
+        (
+            (f"eval.{key}", "data.valid"),
+            lambda c, key=key: c.data.valid is None and bool(_changed(c.eval, key)),
+            f"eval.{key} is {{c.eval.{key}}}, but there is nothing to evaluate on. Set data.valid to a "
+            "file or a fraction such as 0.05",
+        )
+        for key in _EVAL_KEYS
+    ),
+    *(
+        (
+            (f"adapter.{key}", "adapter.method"),
+            lambda c, key=key: c.adapter.method == "none" and bool(_changed(c.adapter, key)),
+            f"adapter.{key} is {{c.adapter.{key}!r}}, but adapter.method is none, so it would do nothing. "
+            "Remove it, or set adapter.method to lora",
+        )
+        for key in _ADAPTER_KEYS
     ),
     (
-        "eval",
-        lambda c: c.data.valid is None and bool(c.eval.model_fields_set),
-        "set, but data.valid is not, so there is nothing to evaluate on. Set data.valid to a file or a fraction",
-    ),
-    (
-        "adapter",
-        lambda c: c.adapter.method == "none" and bool(_adapter_only_keys(c)),
-        "method is none, so adapter settings would do nothing. Remove them, or set adapter.method=lora",
-    ),
-    (
-        "model.freeze",
+        ("model.freeze", "adapter.method"),
         lambda c: c.adapter.method != "none" and bool(c.model.freeze),
-        "an adapter freezes the whole base model already. Remove it, or set adapter.method=none",
+        "model.freeze is {c.model.freeze}, but with adapter.method {c.adapter.method} the whole base "
+        "model is frozen already. Remove it, or set adapter.method to none",
     ),
     (
-        "model.quantization",
+        ("model.quantization", "adapter.method"),
         lambda c: c.adapter.method == "none" and c.model.quantization != "none",
-        "{config.model.quantization} weights cannot be trained in full. Set adapter.method=lora or quantization=none",
-    ),
-    (
-        "adapter.alpha",
-        lambda c: c.adapter.rslora and c.adapter.dora,
-        "rslora and dora both rescale the update. Choose one",
+        "model.quantization is {c.model.quantization}, but adapter.method is none, and quantised weights "
+        "cannot be trained in full. Set adapter.method to lora, or model.quantization to none",
     ),
 ]
 
 
-def _trainer_arg_problems(config: Config) -> list[tuple[str, str]]:
-    return [
-        (f"train.trainer_args.{name}", f"is decided by {OWNED_TRAINER_ARGS[name]}. Use that instead")
-        for name in config.train.trainer_args
-        if name in OWNED_TRAINER_ARGS
-    ]
+def _owned_trainer_args(config: Config) -> list[Contradiction]:
+    found = []
+    for name in config.train.trainer_args:
+        if name in OWNED_TRAINER_ARGS:
+            key, owner = f"train.trainer_args.{name}", OWNED_TRAINER_ARGS[name]
+            nothing, _, why = owner.partition("nothing: ")
+            message = (
+                f"{key} cannot be set: {why}" if why else f"{key} is decided by {nothing}. Use that instead"
+            )
+            found.append(Contradiction((key,), message))
+    return found
 
 
-class Contradictions(ValueError):
-    """Settings that exclude one another: (config key, message) of each."""
+def _bad_patterns(config: Config) -> list[Contradiction]:
+    """Regular expressions that are none; found here, they do not cost a download of the model first."""
+    patterns = {f"model.freeze[{i}]": pattern for i, pattern in enumerate(config.model.freeze)}
+    if isinstance(config.adapter.target_modules, str):
+        patterns["adapter.target_modules"] = config.adapter.target_modules
+    found = []
+    for key, pattern in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            message = f"{key} is {pattern!r}; expected a regular expression, but this one is faulty: {error}"
+            found.append(Contradiction((key,), message))
+    return found
 
-    def __init__(self, problems: list[tuple[str, str]]) -> None:
-        super().__init__("; ".join(f"{key}: {message}" for key, message in problems))
-        self.problems = problems
+
+def _number_as_path(config: Config) -> list[Contradiction]:
+    """`valid: "0.1"` and `valid: 10%` are paths to the schema, and fractions to whoever wrote them."""
+    valid = config.data.valid
+    if isinstance(valid, list) and len(valid) == 1:
+        path = valid[0].path
+        number = re.fullmatch(r"(\d*\.?\d+)\s*(%?)", path)
+        if number and not os.path.exists(path):
+            fraction = float(number[1]) / (100 if number[2] else 1)
+            message = (
+                f"data.valid is {path!r}, and no such file exists. For a fraction of the training rows "
+                f"write it as a number without quotes, such as {fraction if 0 < fraction < 1 else 0.05:g}"
+            )
+            return [Contradiction(("data.valid",), message)]
+    return []
+
+
+def _missing_template(config: Config) -> list[Contradiction]:
+    template = config.data.template
+    if template in ("auto", "chatml") or os.path.isfile(template):
+        return []
+    near = next((name for name in ("auto", "chatml") if sorted(name) == sorted(template.lower())), None)
+    shown = repr(template) if len(template) <= 80 else repr(template)[:77] + "..."
+    message = f"data.template is {shown}; expected auto, chatml or a Jinja file, and there is no such file"
+    return [Contradiction(("data.template",), message + (f". Did you mean {near}?" if near else ""))]
 
 
 def check_consistency(config: Config) -> None:
-    """Raise `Contradictions` with every pair of settings that cannot both hold."""
-    problems = [(key, text.format(config=config)) for key, holds, text in CONTRADICTIONS if holds(config)]
-    problems += _trainer_arg_problems(config)
-    if config.data.template not in ("auto", "chatml") and not Path(config.data.template).is_file():
-        problems.append(
-            ("data.template", f"no file {config.data.template!r}; expected auto, chatml or a Jinja file")
-        )
-    if problems:
-        raise Contradictions(problems)
+    """Raise `Contradictions` with every combination of settings that cannot hold."""
+    found = [
+        Contradiction(keys, text.format(c=config)) for keys, holds, text in CONTRADICTIONS if holds(config)
+    ]
+    for check in (_owned_trainer_args, _bad_patterns, _number_as_path, _missing_template):
+        found += check(config)
+    if found:
+        raise Contradictions(found)

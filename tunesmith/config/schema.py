@@ -1,21 +1,34 @@
 """The schema of a config file: one pydantic model a section, one documented field a setting.
 
-A field is here only if code reads it. The text under a field is its documentation everywhere: in the JSON schema
-that editors complete from, and in `docs/config.md`. It gives the unit, and where the default comes from.
+A field is here only if code reads it. The text under a field is its documentation everywhere: in the JSON
+schema that editors complete from, and in `docs/config.md`. It gives the unit, and where the default comes
+from.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+
+from tunesmith.config.checks import check_consistency, resolve_defaults
 
 Role = Literal["system", "user", "assistant", "tool"]
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+# A description inside a union is that branch's name in messages and in the JSON schema.
+Fraction = Annotated[float, Field(gt=0, lt=1, description="a fraction above 0 and below 1")]
+Text = Annotated[str, Field(min_length=1)]
+SourcePath = Annotated[str, Field(min_length=1, description="a path")]
+RunName = Annotated[
+    str,
+    Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="a name of letters, digits, '.', '_' and '-' that begins with a letter or digit",
+    ),
+]
 
 
 def _one_or_many(value: Any) -> Any:
@@ -30,47 +43,58 @@ def _one_or_many(value: Any) -> Any:
 
 
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, and a config cannot change once it is read."""
+    """Base of all sections: unknown keys are errors, and a config cannot change once it is read.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    Strict: `true` is no number, `"8"` is no number and `3.0` is no whole number, in a config as in Python."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class RunConfig(Section):
     """Where the run lives and how it is repeated."""
 
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Folder of the run below `output_dir`. Default: the config file's name without its ending."""
-    output_dir: str = "runs"
+    name: RunName | None = None
+    """Folder of the run below `output_dir`. Default: the config file's name without its ending, or `run`
+    for a config that is no file."""
+    output_dir: Text = "runs"
     """Folder that holds runs."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of row order, adapter initialisation, dropout and NEFTune noise."""
     resume: Literal["auto", "never"] | PositiveInt = "auto"
-    """`auto` goes on from the newest complete checkpoint of this run, or starts afresh when there is none; `never`
-    refuses a run folder that already holds a run; a number names the step of the checkpoint to go on from."""
+    """`auto` goes on from the newest complete checkpoint of this run, or starts afresh when there is none;
+    `never` refuses a run folder that already holds a run; a number names the step of the checkpoint to go
+    on from."""
 
 
 class ModelConfig(Section):
     """The base model and how it is loaded."""
 
-    path: str
+    path: Text
     """Folder or hub id of the base model. Only safetensors weights are read."""
-    tokenizer: str | None = None
+    tokenizer: Text | None = None
     """Folder or hub id of the tokenizer. Default: the model's."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of the matrix products and of frozen weights. `auto` is bfloat16 where the hardware multiplies it
-    natively, else float32. Trained weights are always kept in float32, since AdamW's small steps vanish in bfloat16."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    """Number format of the matrix products and of frozen weights. `auto` is bfloat16 where the hardware
+    multiplies it natively, else float32. Trained weights are always kept in float32, since AdamW's small
+    steps vanish in bfloat16."""
+    attention: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "auto"
     """Attention implementation of transformers. `auto` is its own choice (sdpa)."""
     quantization: Literal["none", "nf4", "int8"] = "none"
-    """Hold the frozen base weights in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). Needs an adapter."""
+    """Hold the frozen base weights in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). Needs an
+    adapter."""
     rope_scaling: Literal["auto", "none", "linear", "dynamic", "yarn"] = "auto"
-    """Scaling of rotary positions when `data.max_length` exceeds the length the model was trained for. `auto`: leave
-    what the model's config has, and add linear scaling by the smallest whole factor only when the length demands it."""
-    freeze: list[str] = []
+    """Scaling of rotary positions when `data.max_length` exceeds the length the model was trained for.
+    `auto`: leave what the model's config has, and add linear scaling by the smallest whole factor only when
+    the length demands it."""
+    freeze: list[Text] = []
     """Regular expressions; parameters whose name one of them finds are not trained (full fine-tuning)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit of a hub model."""
 
 
@@ -82,42 +106,54 @@ class AdapterConfig(Section):
     r: PositiveInt = 16
     """Rank. 16 on all linear layers is the QLoRA paper's finding that rank matters less than coverage."""
     alpha: PositiveFloat = 32
-    """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`). Default twice the rank."""
+    """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`). Default twice the
+    rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
-    target_modules: str | list[str] = "all-linear"
-    """`all-linear` (every linear layer but the output head), a list of module names, or one regular expression
-    that must match a module's whole name."""
-    modules_to_save: list[str] = []
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    """`all-linear` (every linear layer but the output head), a list of module names, or one regular
+    expression that must match a module's whole name."""
+    modules_to_save: list[Text] = []
     """Modules trained in full beside the adapter and saved with it, such as `lm_head`."""
     rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
     dora: bool = False
     """Weight-decomposed LoRA (Liu et al. 2024, arXiv:2402.09353): better at low rank, slower."""
     lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
-    """Learning rate of the B matrices over that of the A matrices (LoRA+, Hayou et al. 2024, arXiv:2402.12354,
-    which suggests 16). 1 is plain LoRA."""
-    trainable_tokens: list[str] = []
-    """Tokens whose embedding rows are trained and saved with the adapter. One the tokenizer lacks is added to it."""
+    """Learning rate of the B matrices over that of the A matrices (LoRA+, Hayou et al. 2024,
+    arXiv:2402.12354, which suggests 16). 1 is plain LoRA."""
+    trainable_tokens: list[Text] = []
+    """Tokens whose embedding rows are trained and saved with the adapter. One the tokenizer lacks is added
+    to it."""
 
 
 class SourceConfig(Section):
     """One place where rows come from."""
 
-    path: str
-    """A file (.jsonl, .json, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .csv, .txt), a folder or glob of them, or a hub
-    data set id (`owner/name`, or `owner/name:split`)."""
+    path: Text
+    """A file (.jsonl, .json, .jsonl.gz, .jsonl.zst, .parquet, .arrow, .csv, .txt), a folder or glob of
+    them, or a hub data set id (`owner/name`, or `owner/name:split`)."""
     weight: PositiveFloat = 1.0
-    """How often the source is seen in an epoch: 1 is every row once, 0.5 a random half, anew each epoch, 2 is each
-    row twice."""
+    """How often the source is seen in an epoch: 1 is every row once, 0.5 a random half, anew each epoch, 2
+    is each row twice."""
     format: Format = "auto"
     """Shape of the rows; `auto` finds it from the first rows and prints it."""
     columns: dict[str, str] = {}
-    """Renames columns before the format is read: `{question: instruction, answer: output}` maps the file's `question`
-    to our `instruction`."""
+    """Renames columns before the format is read: `{question: instruction, answer: output}` maps the file's
+    `question` to our `instruction`."""
 
 
-Sources = Annotated[list[SourceConfig], BeforeValidator(_one_or_many), Field(min_length=1)]
+Sources = Annotated[
+    list[SourceConfig],
+    BeforeValidator(
+        _one_or_many,
+        # What an editor is told to accept; each of these becomes a list of sources.
+        json_schema_input_type=SourcePath
+        | SourceConfig
+        | Annotated[list[SourcePath | SourceConfig], Field(min_length=1)],
+    ),
+    Field(min_length=1),
+]
 
 
 class DataConfig(Section):
@@ -126,15 +162,15 @@ class DataConfig(Section):
     train: Sources
     """Rows to train on: a path, a source, or a list of either."""
     valid: Fraction | Sources | None = None
-    """Rows to evaluate on: a path, a source, a list of either, or a fraction of the training rows split off by
-    `run.seed`."""
+    """Rows to evaluate on: a path, a source, a list of either, or a fraction of the training rows split off
+    by `run.seed`."""
     format: Format = "auto"
     """Format of every source that does not name its own."""
     columns: dict[str, str] = {}
     """Column names of every source that does not name its own."""
-    template: str = "auto"
-    """`auto` is the tokenizer's own chat template, `chatml` sets up ChatML on a base model, anything else is the path
-    of a Jinja file."""
+    template: Text = "auto"
+    """`auto` is the tokenizer's own chat template, `chatml` sets up ChatML on a base model, anything else
+    is the path of a Jinja file."""
     system: str | None = None
     """System prompt given to every conversation; it replaces one that is there."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
@@ -142,23 +178,25 @@ class DataConfig(Section):
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest example, in tokens."""
     too_long: Literal["drop", "truncate", "error"] = "drop"
-    """What happens to an example over `max_length`: `drop` counts it, `truncate` cuts its end and keeps it only if a
-    target is left (no end token is invented), `error` stops."""
+    """What happens to an example over `max_length`: `drop` counts it, `truncate` cuts its end and keeps it
+    only if a target is left (no end token is invented), `error` stops."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """`error` lists the first 20 bad rows and stops; `skip` leaves them out and counts them in `data_report.json`."""
+    """`error` lists the first 20 bad rows and stops; `skip` leaves them out and counts them in
+    `data_report.json`."""
     max_row_bytes: PositiveInt = 16 * 2**20
     """A row of more bytes than this is a bad row (it is nearly always a broken file)."""
     loading: Literal["cached", "lazy", "streaming"] = "cached"
-    """`cached` tokenises once, in parallel, to memory-mapped files; `lazy` tokenises a row when it is fetched;
-    `streaming` reads the files in order, never all of them (needs `train.max_steps`)."""
+    """`cached` tokenises once, in parallel, to memory-mapped files; `lazy` tokenises a row when it is
+    fetched; `streaming` reads the files in order, never all of them (needs `train.max_steps`)."""
     shuffle_buffer: PositiveInt = 10_000
     """Rows held for shuffling under `loading: streaming`."""
     packing: Literal["flat", "none"] = "flat"
-    """`flat` lays the examples of a micro-batch end to end in one forward pass, each seeing only itself; `none` runs
-    one example a pass. The result is the same; neither pads."""
+    """`flat` lays the examples of a micro-batch end to end in one forward pass, each seeing only itself;
+    `none` runs one example a pass. The result is the same; neither pads."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes that prepare rows. Default: one a core, or none (this process alone) when the files are under 16 MiB."""
-    cache_dir: str | None = None
+    """Processes that prepare rows. Default: one a core, or none (this process alone) when the files are
+    under 16 MiB."""
+    cache_dir: Text | None = None
     """Folder of the prepared data. Default: `tunesmith/data` below the user's cache folder."""
 
 
@@ -176,9 +214,9 @@ class TrainConfig(Section):
     `data.max_length`, whichever is more."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate. Default 2e-4 for LoRA (QLoRA paper, table 9) and 1e-5 for full fine-tuning."""
-    schedule: Literal["cosine", "linear", "constant", "cosine_with_min_lr", "inverse_sqrt", "warmup_stable_decay"] = (
-        "cosine"
-    )
+    schedule: Literal[
+        "cosine", "linear", "constant", "cosine_with_min_lr", "inverse_sqrt", "warmup_stable_decay"
+    ] = "cosine"
     """Shape of the learning rate after warm-up; `cosine_with_min_lr` ends at a tenth of the peak, and
     `warmup_stable_decay` decays over the last tenth of the steps."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
@@ -193,14 +231,15 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass to save memory. `auto` turns it on when the estimate for
     `micro_batch_tokens` does not fit in the memory that is free."""
     neftune_alpha: Annotated[float, Field(gt=0)] | None = None
-    """Scale of the noise added to embeddings while training (Jain et al. 2023, arXiv:2310.05914, which suggests 5)."""
+    """Scale of the noise added to embeddings while training (Jain et al. 2023, arXiv:2310.05914, which
+    suggests 5)."""
     loader_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that fetch rows during training. 0 is best for cached data; lazy data may gain from more."""
     log_every_steps: PositiveInt = 1
     """Steps between two lines of `metrics.jsonl`."""
-    trainer_args: dict[str, Any] = {}
-    """Any other field of transformers' TrainingArguments, passed on as it is. One that a setting above decides is
-    an error."""
+    trainer_args: dict[str, JsonValue] = {}
+    """Any other field of transformers' TrainingArguments, passed on as it is. One that a setting above
+    decides is an error."""
 
 
 class EvalConfig(Section):
@@ -213,7 +252,8 @@ class EvalConfig(Section):
     early_stopping_patience: PositiveInt | None = None
     """Stop after this many evaluations in a row without a lower eval loss."""
     answer_rows: Annotated[int, Field(ge=0)] = 0
-    """Answer this many validation rows before and after training (greedily) and report exact matches and examples."""
+    """Answer this many validation rows before and after training (greedily) and report exact matches and
+    examples."""
     max_new_tokens: PositiveInt = 256
     """Longest of those answers, in tokens."""
 
@@ -222,7 +262,8 @@ class CheckpointConfig(Section):
     """What is saved while training, so that a run can go on after a stop."""
 
     every_steps: PositiveInt | None = None
-    """Steps between checkpoints. Default: at the end of each epoch. There is always one when a signal ends the run."""
+    """Steps between checkpoints. Default: at the end of each epoch. There is always one when a signal ends
+    the run."""
     keep: PositiveInt = 2
     """Newest checkpoints kept. `best/` and `final/` are apart and never deleted."""
 
@@ -232,7 +273,7 @@ class TrackingConfig(Section):
 
     report_to: list[Literal["swanlab", "tensorboard", "wandb", "trackio"]] = []
     """Trackers by name. One that fails is reported once and never ends the run."""
-    project: str = "tunesmith"
+    project: Text = "tunesmith"
     """Project name in the tracker. The run's name is `run.name`."""
     swanlab_mode: Literal["local", "cloud", "offline", "disabled"] = "local"
     """SwanLab sends nothing anywhere unless this is `cloud`."""
@@ -252,8 +293,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _resolve_and_check(self) -> Config:
-        from tunesmith.config.checks import check_consistency, resolve_defaults
-
         resolve_defaults(self)
         check_consistency(self)
         return self

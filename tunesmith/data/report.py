@@ -68,6 +68,16 @@ class SourceReport:
         if len(self.listed) < _MAX_LISTED:
             self.listed.append({"place": place, "what": what, "detail": detail})
 
+    def merge(self, other: SourceReport) -> None:
+        """Add the counts of another part of the same source."""
+        for item in dataclasses.fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            if isinstance(mine, int):
+                setattr(self, item.name, mine + theirs)
+            elif isinstance(mine, Counter):
+                mine.update(theirs)
+        self.listed += other.listed[: _MAX_LISTED - len(self.listed)]
+
     def refuse_bad_rows(self) -> None:
         """Raise DataError with the first 20 bad rows and the counts by reason, if there is any."""
         if not self.rows_bad:

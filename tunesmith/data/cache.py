@@ -1,0 +1,265 @@
+"""Prepared examples on disk: tokenised once, in parallel, and memory-mapped ever after.
+
+    raw rows --chunks--> worker processes --Arrow batches + counts--> one file --rename--> cache/KEY/
+
+KEY covers everything that decides the result: content of the files, tokenizer, template, options and the code of
+this room. A folder is complete or absent: it is written under a temporary name and renamed. A lock lets one process
+work while the others wait.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tunesmith.data.prepare import Preparer, PrepareOptions
+from tunesmith.data.records import BadRow, Example, RawRow
+from tunesmith.data.report import SourceReport
+
+_CHUNK_ROWS = 256
+_AUDITED_ROWS = 32  # of each source, compared with apply_chat_template
+_IN_FLIGHT_PER_WORKER = 4  # chunks; bounds memory when reading outruns tokenising
+
+Progress = Callable[[int], None]
+
+
+def default_cache_dir() -> Path:
+    """`tunesmith/data` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith" / "data"
+
+
+def cache_key(files_fingerprint: str, tokenizer: Any, options: PrepareOptions, **more: Any) -> str:
+    """A name for the result of preparing these files this way."""
+    parts = {
+        "files": files_fingerprint,
+        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "special": {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())},
+        "template": tokenizer.chat_template,
+        "options": asdict(options),
+        "code": _code_version(),
+        **more,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _code_version() -> str:
+    """Hash of this room's source: a change of code never meets data that older code prepared."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One source, prepared: its `datasets.Dataset` on disk and its report."""
+
+    dataset: Any
+    report: SourceReport
+
+
+def open_or_prepare(
+    folder: Path,
+    rows: Callable[[], Iterator[RawRow]],
+    preparer: Preparer,
+    report: SourceReport,
+    *,
+    workers: int,
+    refuse_bad_rows: bool,
+    progress: Progress,
+) -> Prepared:
+    """What lies in `folder`, prepared now if it is not there yet.
+
+    Raises DataError for bad rows when `refuse_bad_rows`, and what Preparer raises; nothing is left behind then."""
+    from datasets import Dataset
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir()
+            try:
+                _write(building / "examples.arrow", rows(), preparer, report, workers=workers, progress=progress)
+                if refuse_bad_rows:
+                    report.refuse_bad_rows()
+                (building / "report.json").write_text(json.dumps(report.as_dict()), encoding="utf-8")
+                building.rename(folder)
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+    dataset = Dataset.from_file(str(folder / "examples.arrow"))
+    return Prepared(dataset, SourceReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8"))))
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
+        {
+            "input_ids": pa.list_(pa.int32()),
+            "spans": pa.list_(pa.int32()),  # start, end, start, end, ...
+            "span_weights": pa.list_(pa.float32()),
+            "row": pa.int64(),
+            "length": pa.int32(),
+            "num_targets": pa.int32(),
+            "fingerprint": pa.uint64(),  # of input_ids and spans: equal examples have equal fingerprints
+            "place": pa.string(),
+        }
+    )
+
+
+def _write(
+    file: Path,
+    rows: Iterator[RawRow],
+    preparer: Preparer,
+    report: SourceReport,
+    *,
+    workers: int,
+    progress: Progress,
+) -> None:
+    import pyarrow as pa
+
+    chunks = _chunks(rows)
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, _schema()) as stream:
+        for batch, counts in _prepare_all(chunks, preparer, report, workers):
+            for record_batch in pa.ipc.open_stream(batch):
+                stream.write_batch(record_batch)
+            report.merge(counts)
+            progress(counts.rows_read)
+
+
+_Chunk = tuple[int, list[RawRow]]
+
+
+def _chunks(rows: Iterator[RawRow]) -> Iterator[_Chunk]:
+    first = 0
+    while chunk := list(islice(rows, _CHUNK_ROWS)):
+        yield first, chunk
+        first += len(chunk)
+
+
+def _prepare_all(
+    chunks: Iterator[_Chunk], preparer: Preparer, report: SourceReport, workers: int
+) -> Iterator[tuple[bytes, SourceReport]]:
+    empty = SourceReport(report.path, report.format)
+    if not workers:
+        for chunk in chunks:
+            yield prepare_chunk(preparer, empty, chunk)
+        return
+    # spawn: a fork would copy the locks of torch's and the tokenizer's threads in whatever state they are.
+    context = multiprocessing.get_context("spawn")
+    free = threading.BoundedSemaphore(workers * _IN_FLIGHT_PER_WORKER)
+
+    def admitted() -> Iterator[_Chunk]:
+        for chunk in chunks:
+            free.acquire()
+            yield chunk
+
+    with context.Pool(workers, initializer=_start_worker, initargs=(preparer, empty)) as pool:
+        for result in pool.imap(_in_worker, admitted()):
+            free.release()
+            yield result
+
+
+_worker_state: list[Any] = []  # (Preparer, empty report) of this worker process
+
+
+def _start_worker(preparer: Preparer, empty: SourceReport) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    _worker_state[:] = [preparer, empty]
+
+
+def _in_worker(chunk: _Chunk) -> tuple[bytes, SourceReport]:
+    return prepare_chunk(_worker_state[0], _worker_state[1], chunk)
+
+
+def prepare_chunk(preparer: Preparer, empty: SourceReport, chunk: _Chunk) -> tuple[bytes, SourceReport]:
+    """One chunk of rows as an Arrow stream of its examples, and its counts."""
+    import pyarrow as pa
+
+    first, rows = chunk
+    counts = SourceReport(empty.path, empty.format)
+    columns: dict[str, list[Any]] = {name: [] for name in _schema().names}
+    for i, outcome in enumerate(preparer.prepare(rows, audit=first < _AUDITED_ROWS)):
+        counts.add(outcome)
+        for example in outcome.examples:
+            columns["input_ids"].append(example.input_ids)
+            columns["spans"].append(example.spans.reshape(-1))
+            columns["span_weights"].append(example.span_weights)
+            columns["row"].append(first + i)
+            columns["length"].append(len(example.input_ids))
+            columns["num_targets"].append(example.num_targets)
+            columns["fingerprint"].append(fingerprint(example))
+            columns["place"].append(outcome.place)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, _schema()) as stream:
+        if columns["row"]:
+            arrays = [pa.array(columns[field.name], type=field.type) for field in _schema()]
+            stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=_schema()))
+    return sink.getvalue().to_pybytes(), counts
+
+
+def fingerprint(example: Example) -> int:
+    """64 bits that are equal for equal tokens with equal targets."""
+    digest = hashlib.blake2b(example.input_ids.tobytes(), digest_size=8)
+    digest.update(example.spans.tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def read_example(row: dict[str, Any]) -> Example:
+    """An example from a row of the prepared data set (numpy format)."""
+    return Example(
+        np.asarray(row["input_ids"], dtype=np.int32),
+        np.asarray(row["spans"], dtype=np.int32).reshape(-1, 2),
+        np.asarray(row["span_weights"], dtype=np.float32),
+    )
+
+
+def write_raw(folder: Path, rows: Callable[[], Iterator[RawRow]]) -> Any:
+    """The undecoded rows as a memory-mapped data set, for `loading: lazy`: random access without tokenising."""
+    import pyarrow as pa
+    from datasets import Dataset
+    from filelock import FileLock
+
+    schema = pa.schema({"place": pa.string(), "payload": pa.large_binary(), "problem": pa.string()})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir()
+            with pa.OSFile(str(building / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+                for _, chunk in _chunks(rows()):
+                    packed = [pack_raw(row) for row in chunk]
+                    arrays = [pa.array(list(column), type=field.type) for column, field in zip(zip(*packed, strict=True), schema, strict=True)]
+                    stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            building.rename(folder)
+    return Dataset.from_file(str(folder / "rows.arrow"))
+
+
+def pack_raw(row: RawRow) -> tuple[str, bytes, str | None]:
+    """A raw row as plain columns: place, JSON bytes, and the problem a reader met (reason and detail as JSON)."""
+    if isinstance(row.payload, BadRow):
+        return row.place, b"", json.dumps([row.payload.reason, row.payload.detail])
+    if isinstance(row.payload, bytes):
+        return row.place, row.payload, None
+    return row.place, json.dumps(row.payload, ensure_ascii=True).encode(), None
+
+
+def unpack_raw(place: str, payload: bytes, problem: str | None) -> RawRow:
+    """The inverse of `pack_raw`."""
+    return RawRow(place, BadRow(*json.loads(problem)) if problem else payload)

@@ -1,0 +1,480 @@
+r"""Rows in the shapes that data sets come in, made Records: which format it is, and one reader for each.
+
+One row of each format:
+
+    messages           {"messages": [{"role": "system", "content": "Be brief."},
+                                     {"role": "user", "content": "2+2?"},
+                                     {"role": "assistant", "content": "4", "weight": 0.5}], "tools": [...]}
+    sharegpt           {"conversations": [{"from": "human", "value": "2+2?"},
+                                          {"from": "function_call", "value": "{\"name\": \"add\", ...}"},
+                                          {"from": "observation", "value": "4"},
+                                          {"from": "gpt", "value": "4"}], "system": "", "tools": "[...]"}
+    alpaca             {"instruction": "Add.", "input": "2+2", "output": "4", "history": [["Hi", "Ho"]]}
+    prompt_completion  {"prompt": "2+2=", "completion": "4"}, or both as lists of messages
+    text               {"text": "Two and two is four."}
+
+Known by all chat formats: a turn is {role, content} or {from, value}; a null counts as absent, since tables
+fill absent fields with null; `"train": true|false` or `"weight": number` on a turn is its loss weight.
+Columns of a row that its format does not name are left alone; fields of a turn that are not read are noted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from tunesmith.data.records import BadRow, Record
+from tunesmith.data.sources import parse_json
+from tunesmith.errors import DataError
+
+FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+_Message = dict[str, Any]
+_Turn = tuple[_Message, float | None]  # a message and the loss weight it asks for
+
+# Sets of columns that each make a row readable, most telling format first: a row with `messages` and `prompt`
+# (UltraChat has both) is a conversation.
+_NEEDS: dict[FormatName, tuple[tuple[str, ...], ...]] = {
+    "messages": (("messages",),),
+    "sharegpt": (("conversations",), ("conversation",)),
+    "alpaca": (("instruction", "output"),),
+    "prompt_completion": (("prompt", "completion"),),
+    "text": (("text",),),
+}
+_SYNONYMS = {
+    "messages": ("message", "dialog", "dialogue", "dialogs", "chat", "chats", "turns"),
+    "instruction": ("question", "query", "problem", "request", "user", "human"),
+    "output": ("answer", "response", "solution", "target", "assistant", "reply"),
+    "prompt": ("context", "source", "input"),
+    "completion": ("continuation", "target", "output", "response", "answer"),
+    "text": ("content", "document", "article", "body", "passage"),
+}
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "call",
+    "tool_call": "call",
+}
+_OPENAI_FIELDS = frozenset(
+    {"role", "content", "tool_calls", "function_call", "reasoning_content", "name", "tool_call_id"}
+)
+_SHAREGPT_FIELDS = frozenset({"from", "value"})
+_WEIGHT_FIELDS = frozenset({"train", "weight"})
+
+
+def detect_format(rows: Sequence[dict[str, Any]], name: str) -> FormatName:
+    """The format that the most of these rows (columns already renamed) fit; `name` is the source, for
+    messages.
+
+    Raises DataError when no row fits any: it says what was found, what is needed, and a `columns:` that may
+    do."""
+    fits = Counter(fmt for row in rows if (fmt := _format_of(row)))
+    if fits:
+        return fits.most_common(1)[0][0]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    needs = "\n".join(
+        f"  {fmt:<18} needs {' or '.join(' and '.join(columns) for columns in sets)}"
+        for fmt, sets in _NEEDS.items()
+    )
+    mapping = _suggest_columns(keys)
+    fix = (
+        f"Map them: columns: {{{mapping}}}"
+        if mapping
+        else "Map the columns to one of these with columns: {...}"
+    )
+    raise DataError(
+        f"{name}: the format cannot be told from the columns {', '.join(map(repr, keys)) or '(none)'}.\n"
+        f"{needs}\n{fix}, or name data.format."
+    )
+
+
+def _format_of(row: dict[str, Any]) -> FormatName | None:
+    for fmt, sets in _NEEDS.items():
+        if any(all(row.get(column) is not None for column in columns) for columns in sets):
+            return fmt
+    return None
+
+
+def _suggest_columns(keys: Sequence[str]) -> str:
+    """`question: instruction, answer: output`: the first format all of whose columns have a likely
+    stand-in."""
+    for sets in _NEEDS.values():
+        for columns in sets:
+            stand_ins = [_stand_in(column, keys) for column in columns]
+            if all(stand_ins) and len(set(stand_ins)) == len(columns):
+                pairs = zip(stand_ins, columns, strict=True)
+                return ", ".join(f"{theirs}: {ours}" for theirs, ours in pairs if theirs != ours)
+    return ""
+
+
+def _stand_in(column: str, keys: Sequence[str]) -> str | None:
+    if column in keys:
+        return column
+    known = [key for key in keys if key.lower() in _SYNONYMS.get(column, ())]
+    return next(iter(known or difflib.get_close_matches(column, keys, n=1, cutoff=0.8)), None)
+
+
+def read_record(row: dict[str, Any], format: str, columns: dict[str, str]) -> tuple[Record, tuple[str, ...]]:
+    """The row as a Record, and notes: short fixed names of what was done to it or is odd about it, for the
+    report.
+
+    `columns` maps the file's names to ours. Raises BadRow for a row that cannot be trained on. Notes:
+    leading_turn_dropped (sharegpt), trailing_turns_without_answer (nothing after the last answer can be a
+    target), tools_wrapped (a bare function schema was put into the {"type": "function", ...} that servers
+    send), and turn_fields_ignored (a turn has fields that no template is given)."""
+                if columns: missing = next((theirs for theirs in columns if theirs not in row), None) if
+                missing is not None: raise BadRow( "missing_field", f"no column {missing!r}, which columns:
+                maps to {columns[missing]!r}; {_has(row)}{_near(missing, row)}", ) renamed = {columns[key]:
+                value for key, value in row.items() if key in columns} row = {key: value for key, value in
+                row.items() if key not in columns} | renamed notes: set[str] = set() if format == "messages":
+                record = _read_conversation(row, ("messages",), notes) elif format == "sharegpt": record =
+                _read_conversation(row, ("conversations", "conversation"), notes) elif format == "alpaca":
+                record = _read_alpaca(row, notes) elif format == "prompt_completion": record =
+                _read_prompt_completion(row, notes) else: assert format == "text", format record =
+                Record(completion=_text(row, "text", "empty")) return record, tuple(sorted(notes))
+
+
+# ------------------------------------------------------------------------------------------------- the
+formats
+
+
+def _read_conversation(row: dict[str, Any], names: tuple[str, ...], notes: set[str]) -> Record:
+    """`messages` and `sharegpt` rows; they differ in the column's name and in the leading turn.
+
+    A first turn of a sharegpt row (after the system prompt) that is not the human's is dropped, as the Qwen
+    and BELLE fine-tuning scripts do (`if source[0]["from"] != "human": source = source[1:]`): those data sets
+    were cut from longer chats. Only that one turn goes, and it is noted."""
+    name = next((name for name in names if name in row), names[0])
+    turns = _read_turns(_field(row, name), name, notes)
+    turns = _with_row_system(row, turns)
+    if "conversations" in names:
+        first = 1 if turns[0][0]["role"] == "system" else 0
+        if first < len(turns) and turns[first][0]["role"] != "user":
+            del turns[first]
+            notes.add("leading_turn_dropped")
+    return _chat(turns, name, _read_tools(row, notes), notes)
+
+
+def _read_alpaca(row: dict[str, Any], notes: set[str]) -> Record:
+    """`instruction` and `input` are joined by a line break, as LLaMA-Factory does; `history` goes before
+    them."""
+    instruction = _text(row, "instruction", None)
+    extra = _text(row, "input", None) if row.get("input") is not None else ""
+    question = "\n".join(part for part in (instruction, extra) if part)
+    if not question.strip():
+        raise BadRow("empty", "instruction and input are empty; expected a question or a task")
+    turns: list[_Turn] = []
+    for i, pair in enumerate(_list(row.get("history") or [], "history")):
+        if len(_list(pair, f"history[{i}]")) != 2:
+            raise BadRow("wrong_columns", f"history[{i}] has {len(pair)} items; expected [question, answer]")
+        for j, role in enumerate(("user", "assistant")):
+            turns.append(({"role": role, "content": _string(pair[j], f"history[{i}][{j}]")}, None))
+            if role == "assistant" and not pair[j].strip():
+                raise BadRow("empty_answer", f"history[{i}][1] is empty; expected the answer")
+    turns.append(({"role": "user", "content": question}, None))
+    turns.append(({"role": "assistant", "content": _text(row, "output", "empty_answer")}, None))
+    return _chat(_with_row_system(row, turns), "history", _read_tools(row, notes), notes)
+
+
+def _read_prompt_completion(row: dict[str, Any], notes: set[str]) -> Record:
+    prompt, completion = _field(row, "prompt"), _field(row, "completion")
+    if isinstance(prompt, list) and isinstance(completion, list):
+        asked = _read_turns(prompt, "prompt", notes)
+        turns = [(message, 0.0 if weight is None else weight) for message, weight in asked]
+        turns += _read_turns(completion, "completion", notes)
+        return _chat(turns, "prompt + completion", _read_tools(row, notes), notes)
+    if isinstance(prompt, list) or isinstance(completion, list):
+        found = f"prompt is {_kind(prompt)} and completion is {_kind(completion)}"
+        raise BadRow("not_a_string", f"{found}; expected two strings or two lists of messages")
+    return Record(prompt=_text(row, "prompt", None), completion=_text(row, "completion", "empty_answer"))
+
+
+# -------------------------------------------------------------------------------------------------
+conversations
+
+
+def _chat(turns: list[_Turn], name: str, tools: tuple[_Message, ...], notes: set[str]) -> Record:
+    """The checks that all conversations share."""
+    roles = [message["role"] for message, _ in turns]
+    for i, role in enumerate(roles):
+        if role == "system" and i > 0:
+            raise BadRow("wrong_order", f"{name}[{i}] is a system turn; expected it first or not at all")
+        if role == "tool" and (i == 0 or roles[i - 1] not in ("assistant", "tool")):
+            before = f"a {roles[i - 1]} turn" if i else "nothing"
+            raise BadRow(
+                "wrong_order",
+                f"{name}[{i}] is a tool's result after {before}; expected it after an assistant turn",
+            )
+    if "assistant" not in roles:
+        raise BadRow(
+            "no_assistant_turn",
+            f"the roles are {', '.join(roles) or 'none'}; expected an assistant turn to learn",
+        )
+    weights = [weight for _, weight in turns]
+    if not any(
+        weight or (weight is None and role == "assistant")
+        for weight, role in zip(weights, roles, strict=True)
+    ):
+        raise BadRow("no_assistant_turn", "every assistant turn has weight 0; expected one to learn")
+    if roles[-1] != "assistant":
+        notes.add("trailing_turns_without_answer")
+    return Record(messages=tuple(message for message, _ in turns), weights=tuple(weights), tools=tools)
+
+
+def _read_turns(items: Any, name: str, notes: set[str]) -> list[_Turn]:
+    if not _list(items, name):
+        raise BadRow("empty", f"{name} is an empty list; expected turns")
+    return [_read_turn(_object(item, f"{name}[{i}]"), f"{name}[{i}]", notes) for i, item in enumerate(items)]
+
+
+def _read_turn(item: dict[str, Any], where: str, notes: set[str]) -> _Turn:
+    is_sharegpt = "from" in item and "role" not in item
+    role_key, text_key = ("from", "value") if is_sharegpt else ("role", "content")
+    known = _SHAREGPT_FIELDS if is_sharegpt else _OPENAI_FIELDS
+    if any(
+        value is not None and key not in known and key not in _WEIGHT_FIELDS for key, value in item.items()
+    ):
+        notes.add("turn_fields_ignored")
+    role = _read_role(item, role_key, where)
+    if role == "call":
+        message = {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": _read_call_text(item, f"{where}.{text_key}", text_key),
+        }
+        return message, _read_weight(item, where)
+    message = {"role": role, "content": None}
+    calls = [] if is_sharegpt else _read_tool_calls(item, where)
+    if calls and role != "assistant":
+        raise BadRow(
+            "bad_tool_call", f"{where} has tool calls and is a {role} turn; only the assistant calls tools"
+        )
+    if not (calls and item.get(text_key) is None):
+        message["content"] = _read_content(item, text_key, where)
+    if not is_sharegpt:
+        for key in ("reasoning_content", "name", "tool_call_id"):
+            if item.get(key) is not None:
+                message[key] = _string(item[key], f"{where}.{key}")
+    if (
+        role == "assistant"
+        and not calls
+        and not (message["content"] + message.get("reasoning_content", "")).strip()
+    ):
+        raise BadRow("empty_answer", f"{where}.{text_key} is empty; expected the answer")
+    if calls:
+        message["tool_calls"] = calls
+    return message, _read_weight(item, where)
+
+
+def _read_role(item: dict[str, Any], key: str, where: str) -> str:
+    role = _string(_field(item, key, where), f"{where}.{key}")
+    if role in _ROLES:
+        return _ROLES[role]
+    expected = (
+        "system, user, assistant or tool"
+        if key == "role"
+        else "system, human, gpt, function_call or observation"
+    )
+    near = (
+        [role.strip().lower()]
+        if role.strip().lower() in _ROLES
+        else difflib.get_close_matches(role, _ROLES, n=1)
+    )
+    hint = f". Did you mean {near[0]!r}?" if near else ""
+    raise BadRow("unknown_role", f"{where}.{key} is {role!a}; expected {expected}{hint}")
+
+
+def _read_content(item: dict[str, Any], key: str, where: str) -> str:
+    content = _field(item, key, where)
+    where = f"{where}.{key}"
+    if not isinstance(content, list):
+        return _string(content, where)
+    texts = []
+    for i, part in enumerate(content):
+        kind = _object(part, f"{where}[{i}]").get("type")
+        if kind != "text":
+            raise BadRow(
+                "unsupported_content", f"{where}[{i}].type is {kind!a}; only text parts can be trained on"
+            )
+        texts.append(_string(_field(part, "text", f"{where}[{i}]"), f"{where}[{i}].text"))
+    return "".join(texts)
+
+
+def _read_weight(item: dict[str, Any], where: str) -> float | None:
+    train, weight = item.get("train"), item.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise BadRow("bad_weight", f"{where}.train is {train!a}; expected true or false")
+    if weight is not None:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise BadRow("bad_weight", f"{where}.weight is {weight!a}; expected a number of 0 or more")
+        if train is not None and train != (weight > 0):
+            raise BadRow(
+                "bad_weight", f"{where} has train {str(train).lower()} and weight {weight}; give one of them"
+            )
+        return float(weight)
+    return None if train is None else float(train)
+
+
+def _with_row_system(row: dict[str, Any], turns: list[_Turn]) -> list[_Turn]:
+    """The row's `system` column as the first turn. Empty counts as absent, as in LLaMA-Factory."""
+    if not row.get("system"):
+        return turns
+    system = _string(row["system"], "system")
+    first = turns[0][0]
+    if first["role"] != "system":
+        return [({"role": "system", "content": system}, None), *turns]
+    if first["content"] != system:
+        raise BadRow("two_system_prompts", "the column 'system' and the first turn differ; keep one of them")
+    return turns
+
+
+# ------------------------------------------------------------------------------------------------- tools
+
+
+def _read_tools(row: dict[str, Any], notes: set[str]) -> tuple[_Message, ...]:
+    """`tools`, or `functions` as it was once called; a list, or JSON text of one as in the glaive set."""
+    given = {key: row[key] for key in ("tools", "functions") if row.get(key) not in (None, "", [], "[]")}
+    if len(given) == 2:
+        raise BadRow("bad_tools", "the row has tools and functions; give one of them")
+    for key, value in given.items():
+        tools = _parse(value, key, "bad_tools") if isinstance(value, str) else value
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise BadRow("bad_tools", f"{key} is {_kind(tools)}; expected a list of function schemas")
+        return tuple(_wrapped(tool, f"{key}[{i}]", notes) for i, tool in enumerate(tools))
+    return ()
+
+
+def _wrapped(tool: _Message, where: str, notes: set[str]) -> _Message:
+    if "function" in tool or "type" in tool and "name" not in tool: return tool if not
+    isinstance(tool.get("name"), str): raise BadRow("bad_tools", f"{where} has no name; {_has(tool)}") #
+    OpenAI-compatible servers accept a schema only in this wrapping, so it is what a template sees when
+    serving. notes.add("tools_wrapped") return {"type": "function", "function": {key: value for key, value in
+    tool.items() if key != "type"}}
+
+
+def _read_tool_calls(item: dict[str, Any], where: str) -> list[_Message]:
+    calls, old = item.get("tool_calls"), item.get("function_call")
+    if calls and old is not None:
+        raise BadRow("bad_tool_call", f"{where} has tool_calls and function_call; give one of them")
+    if old is not None:
+        return [_read_call(old, f"{where}.function_call")]
+    if calls is not None and not isinstance(calls, list):
+        raise BadRow("bad_tool_call", f"{where}.tool_calls is {_kind(calls)}; expected a list")
+    return [_read_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls or [])]
+
+
+def _read_call_text(item: dict[str, Any], where: str, key: str) -> list[_Message]:
+    """A sharegpt function_call turn: JSON of one call or of a list of calls."""
+    calls = _parse(_string(_field(item, key, where.rpartition(".")[0]), where), where, "bad_tool_call")
+    if not isinstance(calls, list):
+        return [_read_call(calls, where)]
+    if not calls:
+        raise BadRow("bad_tool_call", f"{where} is an empty list; expected a call")
+    return [_read_call(call, f"{where}[{i}]") for i, call in enumerate(calls)]
+
+
+def _read_call(call: Any, where: str) -> _Message:
+    """{"type": "function", "function": {"name", "arguments"}} with arguments as an object: templates `tojson`
+    them, and would quote a string once more."""
+    outer = call if isinstance(call, dict) else {}
+    function = outer.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRow(
+            "bad_tool_call",
+            f"{where} is {_kind(call)} without a function's name; expected name and arguments",
+        )
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _parse(arguments, f"{where}.arguments", "bad_tool_call")
+    if not isinstance(arguments, dict):
+        raise BadRow(
+            "bad_tool_call",
+            f"{where}.arguments is {_kind(arguments)}; expected an object, {{}} if there are none",
+        )
+    made: _Message = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {"id": _string(outer["id"], f"{where}.id"), **made} if outer.get("id") is not None else made
+
+
+def _parse(text: str, where: str, reason: str) -> Any:
+    try:
+        return parse_json(text)
+    except BadRow as problem:
+        raise BadRow(reason, f"{where} is not sound JSON ({problem.reason}): {problem.detail}") from None
+
+
+# ------------------------------------------------------------------------------------------------- single
+values
+
+
+def _field(holder: dict[str, Any], key: str, where: str = "") -> Any:
+    """A field that must be there and not be null."""
+    if key not in holder:
+        raise BadRow(
+            "missing_field", f"{where or 'the row'} has no {key!r}; {_has(holder)}{_near(key, holder)}"
+        )
+    if holder[key] is None:
+        raise BadRow("null_field", f"{where}{'.' if where else ''}{key} is null; expected a value")
+    return holder[key]
+
+
+def _text(row: dict[str, Any], key: str, if_blank: str | None) -> str:
+    """A column of text; `if_blank` is the reason to refuse it when nothing is written there."""
+    text = _string(_field(row, key), key)
+    if if_blank and not text.strip():
+        raise BadRow(if_blank, f"{key} is empty; expected text to learn")
+    return text
+
+
+def _string(value: Any, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    raise BadRow(
+        "null_field" if value is None else "not_a_string", f"{where} is {_kind(value)}; expected a string"
+    )
+
+
+def _list(value: Any, where: str) -> list[Any]:
+    if isinstance(value, list):
+        return value
+    raise BadRow(
+        "null_field" if value is None else "not_a_list", f"{where} is {_kind(value)}; expected a list"
+    )
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise BadRow(
+        "null_field" if value is None else "not_an_object", f"{where} is {_kind(value)}; expected an object"
+    )
+
+
+def _kind(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int | float):
+        return f"the number {value}"
+    return {str: "a string", list: "a list", dict: "an object"}.get(type(value), f"a {type(value).__name__}")
+
+
+def _has(holder: Iterable[str]) -> str:
+    return f"it has {', '.join(f'{key!a}' for key in holder) or 'nothing'}"
+
+
+def _near(key: str, holder: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(holder), n=1, cutoff=0.75)
+    return f". Did you mean {near[0]!a}?" if near else ""

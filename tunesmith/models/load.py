@@ -1,0 +1,165 @@
+"""The base model: found, checked, and loaded in the right number format."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.config import Config
+from tunesmith.errors import MissingExtraError, ModelError
+from tunesmith.models.devices import compute_dtype
+
+Say = Callable[[str], None]
+_PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def load_model(config: Config, tokenizer: Any, say: Say) -> Any:
+    """The causal LM of `model.path`, ready to be adapted: embeddings as large as the tokenizer, cache off.
+
+    Weights that will be trained in full are float32, all others in the compute format. Raises ModelError if there
+    is no such model, or its weights are pickles."""
+    from transformers import AutoModelForCausalLM
+
+    dtype, why = compute_dtype(config.model)
+    is_trained = config.adapter.method == "none"
+    say(f"model {config.model.path} in {str(dtype).removeprefix('torch.')}: {why}")
+    _refuse_pickles(config.model.path)
+    model_config = _load_model_config(config)
+    _scale_rope(model_config, config, say)
+    options: dict[str, Any] = {}
+    if config.model.attention != "auto":
+        options["attn_implementation"] = config.model.attention
+    if config.model.quantization != "none":
+        options["quantization_config"] = _quantization(config.model.quantization, dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model.path,
+            config=model_config,
+            dtype=torch.float32 if is_trained else dtype,
+            use_safetensors=True,
+            trust_remote_code=config.model.trust_remote_code,
+            revision=config.model.revision,
+            **options,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelError(f"model.path={config.model.path}: cannot be loaded: {_short(error)}") from error
+    if config.model.quantization != "none":
+        model = _prepare_quantized(model)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        say(f"embeddings grow from {rows} to {len(tokenizer)} rows for the tokens added to the tokenizer")
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    model.config.use_cache = False
+    _freeze(model, config.model.freeze)
+    return model
+
+
+def _load_model_config(config: Config) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            config.model.path, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path={config.model.path}: no model there: {_short(error)}") from error
+
+
+def _refuse_pickles(path: str) -> None:
+    """A pickle can run code when it is opened; say how to convert it instead."""
+    folder = Path(path)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"model.path={path}: its weights are a pickle ({pickles[0]}), which can run code when loaded; only "
+            "safetensors are read. If you trust it, convert it once:\n"
+            f'  python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{path}', use_safetensors=False).save_pretrained('{path}-safetensors')\""
+        )
+
+
+def _scale_rope(model_config: Any, config: Config, say: Say) -> None:
+    """Stretch rotary positions where `data.max_length` is longer than the model was trained for."""
+    trained, wanted = getattr(model_config, "max_position_embeddings", None), config.data.max_length
+    rope = getattr(model_config, "rope_parameters", None)
+    kind = config.model.rope_scaling
+    if not trained or wanted <= trained or kind == "none":
+        return
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        raise ModelError(
+            f"data.max_length={wanted} exceeds the {trained} positions of {config.model.path}, whose positions cannot "
+            f"be scaled. Set data.max_length to {trained} or less."
+        )
+    own = rope.get("rope_type", "default")
+    if own != "default":
+        kind = own if kind == "auto" else kind
+    elif kind == "auto":
+        kind = "linear"
+    factor = float(math.ceil(wanted / trained))
+    say(
+        f"warning: data.max_length={wanted} exceeds the {trained} positions {config.model.path} was trained for; "
+        f"rotary positions are scaled ({kind}, factor {factor:g}). Serving must use the same scaling."
+    )
+    model_config.rope_parameters = rope | {
+        "rope_type": kind,
+        "factor": factor,
+        "original_max_position_embeddings": rope.get("original_max_position_embeddings", trained),
+    }
+    model_config.max_position_embeddings = int(trained * factor)
+
+
+def _quantization(kind: str, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise MissingExtraError(f"model.quantization={kind}", "bitsandbytes", "quant")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _prepare_quantized(model: Any) -> Any:
+    import bitsandbytes
+    from peft import prepare_model_for_kbit_training
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            # bitsandbytes 0.50 repacks weights in an eval-mode forward on CPUs with AVX512-BF16, and the packed
+            # kernel has no gradient: training after an evaluation would be silently wrong. Delete when fixed there.
+            module.support_avx512bf16_for_cpu = False
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def _freeze(model: Any, patterns: list[str]) -> None:
+    """Stop training parameters that a pattern finds; a pattern that finds none is an error."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        try:
+            found = {name for name in names if re.search(pattern, name)}
+        except re.error as error:
+            raise ModelError(f"model.freeze: {pattern!r} is no regular expression: {error}.") from error
+        if not found:
+            raise ModelError(f"model.freeze: {pattern!r} finds no parameter. Names look like {names[0]}, {names[-1]}.")
+        for name, parameter in model.named_parameters():
+            if name in found:
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()) and patterns:
+        raise ModelError("model.freeze: nothing is left to train.")
+
+
+def _short(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
