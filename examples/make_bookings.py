@@ -23,10 +23,10 @@ import sys
 from pathlib import Path
 
 SEED = 7
-NUM_TRAIN = 560
+NUM_TRAIN = 640
 NUM_VALID = 100
 KEYS = ("name", "guests", "day", "time", "seating")
-SYSTEM = "Write the booking as JSON with the keys name, guests, day, time, seating."
+SYSTEM = "Write the booking as JSON: name, guests, day, time, seating."
 
 # fmt: off
 FIRST_NAMES = (
@@ -54,12 +54,12 @@ DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 SHORT_DAYS = ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]
 SEATS: dict[str | None, list[str]] = {
     "outside": [
-        "On the terrace, if you can.", "Somewhere outside, please.", "We would love to sit in the garden.",
+        "On the terrace, if you can.", "Somewhere outside, please.", "We'd love to sit in the garden.",
         "Out on the patio please.", "A table outdoors would be great.", "We'd rather sit out in the open air.",
     ],
     "inside": [
-        "Inside, please.", "We would like to sit indoors.", "By the fireplace, if you can.",
-        "Not on the terrace, please, it is too cold for us.", "A table in the dining room would be great.",
+        "Inside, please.", "We'd like to sit indoors.", "By the fireplace, if you can.",
+        "Not on the terrace, please.", "A table in the dining room would be great.",
         "We'd rather be indoors than in the garden.",
     ],
     None: [""],
@@ -96,7 +96,7 @@ NAMES_LAST = [
     "The name is {name}.", "Under {name}, please.", "Book it for {name}.", "Thanks, {name}", "Cheers, {name}",
     "Please put it under {name}.", "Best wishes, {name}",
 ]
-GREETINGS = ["Hi!", "Hello,", "Good evening,", "Hi there,", "", ""]
+GREETINGS = ["Hi!", "Hello.", "Good evening.", "", "", ""]
 ASIDES = [
     "We were with you last {other_day} and loved it.", "{other_name} told us about your place.",
     "It is my daughter's {small}th birthday.", "You can call me on 555-01{two_digits}.", "We have to leave by ten.",
@@ -119,8 +119,6 @@ def spoken_time(rng: random.Random, hour: int, minute: int) -> str:
         {0: f"{here} o'clock", 15: f"quarter past {here}", 30: f"half past {here}", 45: f"quarter to {after}"}[minute],
         {0: here, 15: f"{here} fifteen", 30: f"{here} thirty", 45: f"{here} forty-five"}[minute],
     ]
-    if False:
-        ways.append("noon")
     return rng.choice(["at ", "at ", "for "]) + rng.choice(ways)
 
 
@@ -161,7 +159,7 @@ def message(rng: random.Random, booking: dict[str, str | int | None], other_name
         two_digits=f"{rng.randrange(100):02}",
         hour=WORDS[rng.randrange(2, 8)],
     )
-    extras = [text for text in (rng.choice(SEATS[_seating(booking)]), aside if rng.random() < 0.4 else "") if text]
+    extras = [text for text in (rng.choice(SEATS[_seating(booking)]), aside if rng.random() < 0.3 else "") if text]
     rng.shuffle(extras)
     parts += extras
     if rng.random() < 0.5:
@@ -169,7 +167,9 @@ def message(rng: random.Random, booking: dict[str, str | int | None], other_name
     else:
         parts = [rng.choice(GREETINGS), *parts, rng.choice(NAMES_LAST).format(name=booking["name"])]
     text = " ".join(part for part in parts if part)
-    return text.lower() if rng.random() < 0.15 else text
+    if rng.random() < 0.15:  # typed in a hurry: small letters but for the name
+        text = text.lower().replace(str(booking["name"]).lower(), str(booking["name"]))
+    return text
 
 
 def _seating(booking: dict[str, str | int | None]) -> str | None:

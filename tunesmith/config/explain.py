@@ -9,6 +9,7 @@ vanish with the mistake.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from typing import Any
 
@@ -74,7 +75,7 @@ def check_values(document: Document, meant: set[KeyPath]) -> tuple[Config | None
     try:
         return Config.model_validate(document.values), []
     except ValidationError as error:
-        problems = _contradictions(error, document, set())
+        problems = _contradictions(error, document, meant)
         wrong = _wrong_paths(error, document.values)
     if not wrong:
         return None, problems
@@ -167,7 +168,8 @@ def _value_at(values: Any, path: KeyPath) -> Any:
 
 
 def _missing(path: KeyPath) -> str:
-    what = re.split(r"\.\s", description(path), maxsplit=1)[0].rstrip(".")
+    what = re.split(r"[.:;]\s", description(path), maxsplit=1)[0].rstrip(".")
+    what = " ".join(what.split())
     return f"{dotted(path)} is missing; expected {expected(path)}: {what[:1].lower()}{what[1:]}."
 
 
@@ -185,6 +187,8 @@ def _hint(path: KeyPath, value: Any) -> str:
     types = {str(node.get("type")) for node in nodes}
     choices = [word for node in nodes if "enum" in node or "const" in node for word in alternatives([node])]
     choices += ["true", "false"] if "boolean" in types else []
+    if value in ("", []):
+        return " It is empty."
     if isinstance(value, str):
         if types & {"integer", "number"} and (number := _as_number(value)) is not None:
             is_plain = INT_PATTERN.match(value) or FLOAT_PATTERN.match(value)
@@ -195,10 +199,14 @@ def _hint(path: KeyPath, value: Any) -> str:
         if word or (word := nearest(value, choices, 0.5)):
             return f" Did you mean {word}?"
         section = next((node for node in nodes if node.get("required")), None)
-        if section is not None and "array" not in types:
+        if section is not None and "string" not in types:
             return f" Did you mean {dotted((*path, section['required'][0]))}: {value}?"
     if isinstance(value, float) and "integer" in types and value.is_integer():
         return f" Write it as {int(value)}."
+    if isinstance(value, float) and not math.isfinite(value):
+        return " It is not finite."
+    if isinstance(value, int) and value >= 2**53:
+        return " It is too large."
     if isinstance(value, (int, float)) and types <= {"string", "null"} and not choices:
         return f" Put it in quotes: '{show(value)}'."
     if isinstance(value, (str, int, float)) and "array" in types and "string" not in types:
@@ -207,6 +215,8 @@ def _hint(path: KeyPath, value: Any) -> str:
         ]
         word = nearest(str(value), items, 0.5) or show(value)
         return f" Write it as a list: [{word}]."
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict) and types == {"object"}:
+        return " Remove the '-' before its first key."
     if (
         isinstance(value, list)
         and len(value) == 1
@@ -219,16 +229,16 @@ def _hint(path: KeyPath, value: Any) -> str:
 def _as_number(text: str) -> int | float | None:
     """The number that text stands for when it was quoted, or written in a way that a config does not read."""
     plain = text.strip()
+    if len(plain) > 30:
+        return None
     if re.fullmatch(r"\d{1,3}([_,]\d{3})+|\d+(_\d+)+", plain):
         return int(re.sub(r"[_,]", "", plain))
     if re.fullmatch(r"0\d+", plain):
         return int(plain)
     if re.fullmatch(r"0[xX][0-9a-fA-F]+|0[oO][0-7]+|0[bB][01]+", plain):
         return int(plain, 0)
-    if match := re.fullmatch(r"(\d+)\s?[kK]", plain):
-        return int(match[1]) * 1000
-    if INT_PATTERN.match(plain) and len(plain) <= 30:
+    if INT_PATTERN.match(plain):
         return int(plain)
-    if FLOAT_PATTERN.match(plain) and plain[-1].isdigit() | (plain[-1] == "."):
+    if FLOAT_PATTERN.match(plain) and (plain[-1].isdigit() or plain[-1] == "."):
         return float(plain)
     return None

@@ -140,10 +140,10 @@ def alternatives(nodes: list[Node]) -> list[str]:
             words += ["true", "false"]
         elif node.get("type") == "array":
             items = alternatives(branches(node["items"]))
-            own = [word for word in items if word not in words]
-            words.append(f"a list of {' or '.join(own)}" if own else "a list of these")
+            known = len(items) > 1 and set(items) <= set(words)
+            words.append("a list of these" if known else f"a list of {join_words(items)}")
         elif "properties" in node:
-            words.append(f"a section with the keys {', '.join(node['properties'])}")
+            words.append(f"a section (keys {', '.join(node['properties'])})")
         elif node.get("type") == "object":
             values = branches(node["additionalProperties"])
             kinds = f" of names to {' or '.join(alternatives(values))}" if values[0] else ""
@@ -164,7 +164,7 @@ def _scalar_words(node: Node) -> str:
     bounds = [f"of at least {low}"] if low is not None else []
     bounds += [f"above {above}"] if above is not None else []
     bounds += [f"of at most {high}"] if high is not None else []
-    bounds += [f"below {below}"] if below is not None else []
+    bounds += [f"below {below}"] if below is not None and below < 2**53 else []
     return f"{name} {' and '.join(bounds)}".strip()
 
 

@@ -115,19 +115,19 @@ def _override(document: Document, text: str, place: Place) -> None:
     """Apply one `section.key=value` to the document. `data.train[0].weight=2` reaches into a list."""
 
     def refuse(message: str) -> None:
-        document.problems.append(Problem(place, f"{message}."))
+        document.problems.append(Problem(place, f"{message.rstrip('.')}."))
 
     key, separator, value_text = text.partition("=")
     key = key.strip()
     if not separator or not re.fullmatch(r"[^.\[\]\s]+(\.[^.\[\]]+|\[\d+\])*", key) or key.startswith("-"):
         near = key.lstrip("-") + "=" + (value_text or "VALUE")
         hint = f" Write it as {near}" if key.startswith("-") and key.lstrip("-") in all_keys() else ""
-        return refuse(f"expected section.key=value, such as train.batch_size=8.{hint}".rstrip("."))
+        return refuse(f"expected section.key=value, such as train.batch_size=8.{hint}")
     path: KeyPath = tuple(int(p[1:-1]) if p[0] == "[" else p for p in re.findall(r"\[\d+\]|[^.\[\]]+", key))
     try:
         value = _override_value(path, value_text)
     except ConfigError as error:
-        return refuse(f"the value is {str(error).partition(': ')[2].rstrip('.')}")
+        return refuse(str(error))
     target = document.values
     for depth, part in enumerate(path):
         here = path[: depth + 1]
@@ -135,7 +135,8 @@ def _override(document: Document, text: str, place: Place) -> None:
             if not isinstance(target, list):
                 return refuse(f"{dotted(path[:depth])} is {show(target)}, which is no list")
             if part >= len(target):
-                return refuse(f"{dotted(path[:depth])} has {len(target)} items, and counting begins at 0")
+                last = f"the last is [{len(target) - 1}]" if target else "it is empty"
+                return refuse(f"{dotted(path[:depth])} has no item [{part}]; {last}")
         elif not isinstance(target, dict):
             return refuse(f"{dotted(path[:depth])} is {show(target)}, which has no keys")
         if depth == len(path) - 1:
@@ -159,9 +160,9 @@ def _override_value(path: KeyPath, text: str) -> Any:
     )
     if is_text and text not in ("", "~", "null") and text[0] not in "'\"":
         return text
-    inner = read_yaml(text, "override")
+    inner = read_yaml(text, "the value")
     if inner.problems:
-        raise ConfigError(f"override: {inner.problems[0].message}")
+        raise ConfigError(f"the value: {inner.problems[0].message}")
     return inner.values
 
 

@@ -16,7 +16,7 @@ from tunesmith.config.checks import check_consistency, resolve_defaults
 Role = Literal["system", "user", "assistant", "tool"]
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
 
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**53)]  # beyond 2**53 JSON readers round
 PositiveFloat = Annotated[float, Field(gt=0)]
 # A description inside a union is that branch's name in messages and in the JSON schema.
 Fraction = Annotated[float, Field(gt=0, lt=1, description="a fraction above 0 and below 1")]

@@ -105,7 +105,9 @@ def show(value: Any) -> str:
     elif isinstance(value, dict):
         text = f"{{{', '.join(f'{key}: {show(item)}' for key, item in list(value.items())[:8])}}}"
     elif isinstance(value, int) and value.bit_length() > 1000:
-        text = f"a number of {int(value.bit_length() * 0.30103) + 1} digits"  # repr refuses over 4,300 digits
+        text = (
+            f"a number of about {int(value.bit_length() * 0.30103)} digits"  # repr refuses over 4,300 digits
+        )
     else:
         text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -151,7 +153,7 @@ class _Reader:
         return Place(line, f"{self.document.name}:{line}")
 
     def _problem(self, node: yaml.Node, message: str) -> None:
-        self.document.problems.append(Problem(self._place(node), message))
+        self.document.problems.append(Problem(self._place(node), f"{message}."))
 
     def _read(self, node: yaml.Node, path: KeyPath) -> Any:
         self.num_nodes += 1
@@ -213,14 +215,13 @@ class _Reader:
             if tag == "int":
                 return int(text)
             if tag == "float":
-                return float(
-                    text.replace(".inf", "inf").replace(".nan", "nan").lower().lstrip(".")
-                )  # .NaN too
+                return float(re.sub(r"\.(?=[in])", "", text.lower()))  # .inf and .nan
         except ValueError:
-            pass  # `!!int eight`, or more digits than Python turns into a number
-        if tag not in ("str", "merge"):
+            return text  # `!!int eight`, or more digits than Python takes: no number field accepts the text
+        if tag not in ("str", "bool", "merge"):
+            name = node.tag.replace(_TAG, "!!")
             self._problem(
-                node, f"{dotted(path)} is {show(text)}, which cannot be read as {node.tag.split(':')[-1]}"
+                node, f"{dotted(path)} has the YAML tag {name}, which means nothing here. Remove the tag"
             )
         return text
 
@@ -233,12 +234,12 @@ _SYNTAX = {
         "a ':' where no key can be. Put text that holds ': ' in quotes, and check the indentation"
     ),
     "could not find expected ':'": "a key without ':' after it",
-    "but found '<block mapping start>'": "this line is indented further than the lines above it",
     "expected <block end>": "the indentation does not line up with the lines above",
     "found undefined alias": (
         "an alias (*name) without an anchor (&name) before it. Put text that begins with * in quotes"
     ),
     "found unknown escape character": "a backslash in double quotes. Use single quotes",
+    "expected escape sequence": "a backslash in double quotes. Use single quotes",
     "found unexpected end of stream": "a quote is opened and never closed",
     "expected ',' or ']'": "a '[' is not closed",
     "expected ',' or '}'": "a '{' is not closed",
@@ -248,8 +249,10 @@ _SYNTAX = {
 
 
 def _syntax_message(error: yaml.MarkedYAMLError, name: str) -> str:
-    mark = error.problem_mark or error.context_mark
-    place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
     theirs = f"{error.context or ''} {error.problem or ''}".strip()
     words = next((words for part, words in _SYNTAX.items() if part in theirs), theirs)
+    # What is never closed is best looked for where it was opened, not where the text ran out.
+    is_open = "closed" in words and error.context_mark is not None
+    mark = error.context_mark if is_open else error.problem_mark or error.context_mark
+    place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
     return f"{place}: not valid YAML: {words}."

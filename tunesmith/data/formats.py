@@ -21,16 +21,16 @@ Columns of a row that its format does not name are left alone; fields of a turn 
 from __future__ import annotations
 
 import difflib
-import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from tunesmith.data.records import BadRow, Record
 from tunesmith.data.sources import parse_json
 from tunesmith.errors import DataError
 
 FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+_T = TypeVar("_T")
 _Message = dict[str, Any]
 _Turn = tuple[_Message, float | None]  # a message and the loss weight it asks for
 
@@ -69,19 +69,17 @@ _ROLES = {
     "function_call": "call",
     "tool_call": "call",
 }
-_OPENAI_FIELDS = frozenset(
-    {"role", "content", "tool_calls", "function_call", "reasoning_content", "name", "tool_call_id"}
-)
-_SHAREGPT_FIELDS = frozenset({"from", "value"})
-_WEIGHT_FIELDS = frozenset({"train", "weight"})
+_SHAREGPT_FIELDS = frozenset({"from", "value", "train", "weight"})
+_OPENAI_FIELDS = frozenset({"role", "content", "train", "weight", "tool_calls", "function_call"})
+_OPENAI_FIELDS |= {"reasoning_content", "name", "tool_call_id"}
+_NOUNS: dict[type, str] = {str: "a string", list: "a list", dict: "an object"}
+_MAX_WEIGHT = 2.0**127  # weights become float32
 
 
 def detect_format(rows: Sequence[dict[str, Any]], name: str) -> FormatName:
-    """The format that the most of these rows (columns already renamed) fit; `name` is the source, for
-    messages.
+    """The format that most of these rows, their columns renamed, fit. `name` is the source, for messages.
 
-    Raises DataError when no row fits any: it says what was found, what is needed, and a `columns:` that may
-    do."""
+    Raises DataError when no row fits any: what was found, what each needs, and a `columns:` that may do."""
     fits = Counter(fmt for row in rows if (fmt := _format_of(row)))
     if fits:
         return fits.most_common(1)[0][0]
@@ -91,14 +89,10 @@ def detect_format(rows: Sequence[dict[str, Any]], name: str) -> FormatName:
         for fmt, sets in _NEEDS.items()
     )
     mapping = _suggest_columns(keys)
-    fix = (
-        f"Map them: columns: {{{mapping}}}"
-        if mapping
-        else "Map the columns to one of these with columns: {...}"
-    )
+    fix = f"Map them: columns: {{{mapping}}}" if mapping else "Map them to one of these with columns: {...}"
     raise DataError(
         f"{name}: the format cannot be told from the columns {', '.join(map(repr, keys)) or '(none)'}.\n"
-        f"{needs}\n{fix}, or name data.format."
+        f"{needs}\n{fix}."
     )
 
 
@@ -110,8 +104,7 @@ def _format_of(row: dict[str, Any]) -> FormatName | None:
 
 
 def _suggest_columns(keys: Sequence[str]) -> str:
-    """`question: instruction, answer: output`: the first format all of whose columns have a likely
-    stand-in."""
+    """`question: instruction, answer: output`, for the first format whose columns all have a stand-in."""
     for sets in _NEEDS.values():
         for columns in sets:
             stand_ins = [_stand_in(column, keys) for column in columns]
@@ -129,27 +122,40 @@ def _stand_in(column: str, keys: Sequence[str]) -> str | None:
 
 
 def read_record(row: dict[str, Any], format: str, columns: dict[str, str]) -> tuple[Record, tuple[str, ...]]:
-    """The row as a Record, and notes: short fixed names of what was done to it or is odd about it, for the
-    report.
+    """The row as a Record, and notes: short fixed names of what was done to it or is odd about it.
 
     `columns` maps the file's names to ours. Raises BadRow for a row that cannot be trained on. Notes:
     leading_turn_dropped (sharegpt), trailing_turns_without_answer (nothing after the last answer can be a
     target), tools_wrapped (a bare function schema was put into the {"type": "function", ...} that servers
     send), and turn_fields_ignored (a turn has fields that no template is given)."""
-                if columns: missing = next((theirs for theirs in columns if theirs not in row), None) if
-                missing is not None: raise BadRow( "missing_field", f"no column {missing!r}, which columns:
-                maps to {columns[missing]!r}; {_has(row)}{_near(missing, row)}", ) renamed = {columns[key]:
-                value for key, value in row.items() if key in columns} row = {key: value for key, value in
-                row.items() if key not in columns} | renamed notes: set[str] = set() if format == "messages":
-                record = _read_conversation(row, ("messages",), notes) elif format == "sharegpt": record =
-                _read_conversation(row, ("conversations", "conversation"), notes) elif format == "alpaca":
-                record = _read_alpaca(row, notes) elif format == "prompt_completion": record =
-                _read_prompt_completion(row, notes) else: assert format == "text", format record =
-                Record(completion=_text(row, "text", "empty")) return record, tuple(sorted(notes))
+    if columns:
+        row = _rename(row, columns)
+    notes: set[str] = set()
+    if format == "messages":
+        record = _read_conversation(row, ("messages",), notes)
+    elif format == "sharegpt":
+        record = _read_conversation(row, ("conversations", "conversation"), notes)
+    elif format == "alpaca":
+        record = _read_alpaca(row, notes)
+    elif format == "prompt_completion":
+        record = _read_prompt_completion(row, notes)
+    else:
+        assert format == "text", format
+        record = Record(completion=_text(row, "text", "empty"))
+    return record, tuple(sorted(notes))
 
 
-# ------------------------------------------------------------------------------------------------- the
-formats
+def _rename(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """A column that is mapped wins over one that has our name already."""
+    for theirs, ours in columns.items():
+        if theirs not in row:
+            said = f"the row has no {theirs!a}, which columns: maps to {ours}"
+            raise BadRow("missing_field", f"{said}; {_has(row)}{_near(theirs, row)}")
+    kept = {key: value for key, value in row.items() if key not in columns}
+    return kept | {ours: row[theirs] for theirs, ours in columns.items()}
+
+
+# --- the formats
 
 
 def _read_conversation(row: dict[str, Any], names: tuple[str, ...], notes: set[str]) -> Record:
@@ -170,8 +176,7 @@ def _read_conversation(row: dict[str, Any], names: tuple[str, ...], notes: set[s
 
 
 def _read_alpaca(row: dict[str, Any], notes: set[str]) -> Record:
-    """`instruction` and `input` are joined by a line break, as LLaMA-Factory does; `history` goes before
-    them."""
+    """`history`, then `instruction` and `input` joined by a line break as LLaMA-Factory does, `output`."""
     instruction = _text(row, "instruction", None)
     extra = _text(row, "input", None) if row.get("input") is not None else ""
     question = "\n".join(part for part in (instruction, extra) if part)
@@ -180,7 +185,7 @@ def _read_alpaca(row: dict[str, Any], notes: set[str]) -> Record:
     turns: list[_Turn] = []
     for i, pair in enumerate(_list(row.get("history") or [], "history")):
         if len(_list(pair, f"history[{i}]")) != 2:
-            raise BadRow("wrong_columns", f"history[{i}] has {len(pair)} items; expected [question, answer]")
+            raise BadRow("not_a_pair", f"history[{i}] has {len(pair)} items; expected [question, answer]")
         for j, role in enumerate(("user", "assistant")):
             turns.append(({"role": role, "content": _string(pair[j], f"history[{i}][{j}]")}, None))
             if role == "assistant" and not pair[j].strip():
@@ -194,7 +199,7 @@ def _read_prompt_completion(row: dict[str, Any], notes: set[str]) -> Record:
     prompt, completion = _field(row, "prompt"), _field(row, "completion")
     if isinstance(prompt, list) and isinstance(completion, list):
         asked = _read_turns(prompt, "prompt", notes)
-        turns = [(message, 0.0 if weight is None else weight) for message, weight in asked]
+        turns: list[_Turn] = [(message, 0.0 if weight is None else weight) for message, weight in asked]
         turns += _read_turns(completion, "completion", notes)
         return _chat(turns, "prompt + completion", _read_tools(row, notes), notes)
     if isinstance(prompt, list) or isinstance(completion, list):
@@ -203,8 +208,7 @@ def _read_prompt_completion(row: dict[str, Any], notes: set[str]) -> Record:
     return Record(prompt=_text(row, "prompt", None), completion=_text(row, "completion", "empty_answer"))
 
 
-# -------------------------------------------------------------------------------------------------
-conversations
+# --- conversations
 
 
 def _chat(turns: list[_Turn], name: str, tools: tuple[_Message, ...], notes: set[str]) -> Record:
@@ -216,23 +220,16 @@ def _chat(turns: list[_Turn], name: str, tools: tuple[_Message, ...], notes: set
         if role == "tool" and (i == 0 or roles[i - 1] not in ("assistant", "tool")):
             before = f"a {roles[i - 1]} turn" if i else "nothing"
             raise BadRow(
-                "wrong_order",
-                f"{name}[{i}] is a tool's result after {before}; expected it after an assistant turn",
+                "wrong_order", f"{name}[{i}] is a tool turn after {before}; expected it after a call"
             )
     if "assistant" not in roles:
-        raise BadRow(
-            "no_assistant_turn",
-            f"the roles are {', '.join(roles) or 'none'}; expected an assistant turn to learn",
-        )
-    weights = [weight for _, weight in turns]
-    if not any(
-        weight or (weight is None and role == "assistant")
-        for weight, role in zip(weights, roles, strict=True)
-    ):
+        raise BadRow("no_assistant_turn", f"the roles are {', '.join(roles)}; expected an answer to learn")
+    if not any(weight or (weight is None and message["role"] == "assistant") for message, weight in turns):
         raise BadRow("no_assistant_turn", "every assistant turn has weight 0; expected one to learn")
     if roles[-1] != "assistant":
         notes.add("trailing_turns_without_answer")
-    return Record(messages=tuple(message for message, _ in turns), weights=tuple(weights), tools=tools)
+    messages, weights = zip(*turns, strict=True)
+    return Record(messages=messages, weights=weights, tools=tools)
 
 
 def _read_turns(items: Any, name: str, notes: set[str]) -> list[_Turn]:
@@ -245,57 +242,39 @@ def _read_turn(item: dict[str, Any], where: str, notes: set[str]) -> _Turn:
     is_sharegpt = "from" in item and "role" not in item
     role_key, text_key = ("from", "value") if is_sharegpt else ("role", "content")
     known = _SHAREGPT_FIELDS if is_sharegpt else _OPENAI_FIELDS
-    if any(
-        value is not None and key not in known and key not in _WEIGHT_FIELDS for key, value in item.items()
-    ):
+    if any(value is not None and key not in known for key, value in item.items()):
         notes.add("turn_fields_ignored")
     role = _read_role(item, role_key, where)
+    weight = _read_weight(item, where)
     if role == "call":
-        message = {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": _read_call_text(item, f"{where}.{text_key}", text_key),
-        }
-        return message, _read_weight(item, where)
-    message = {"role": role, "content": None}
+        text = _string(_field(item, text_key, where), f"{where}.{text_key}")
+        calls = _read_call_text(text, f"{where}.{text_key}")
+        return {"role": "assistant", "content": "", "tool_calls": calls}, weight
     calls = [] if is_sharegpt else _read_tool_calls(item, where)
     if calls and role != "assistant":
-        raise BadRow(
-            "bad_tool_call", f"{where} has tool calls and is a {role} turn; only the assistant calls tools"
-        )
-    if not (calls and item.get(text_key) is None):
-        message["content"] = _read_content(item, text_key, where)
-    if not is_sharegpt:
-        for key in ("reasoning_content", "name", "tool_call_id"):
-            if item.get(key) is not None:
-                message[key] = _string(item[key], f"{where}.{key}")
-    if (
-        role == "assistant"
-        and not calls
-        and not (message["content"] + message.get("reasoning_content", "")).strip()
-    ):
-        raise BadRow("empty_answer", f"{where}.{text_key} is empty; expected the answer")
+        raise BadRow("bad_tool_call", f"{where} is a {role} turn with tool calls; expected an assistant's")
+    # Null stays null beside calls, as a server hands it on: some templates ask `content is none`.
+    is_null = bool(calls) and item.get(text_key) is None
+    message: _Message = {"role": role, "content": None if is_null else _read_content(item, text_key, where)}
+    for key in () if is_sharegpt else ("reasoning_content", "name", "tool_call_id"):
+        if item.get(key) is not None:
+            message[key] = _string(item[key], f"{where}.{key}")
     if calls:
         message["tool_calls"] = calls
-    return message, _read_weight(item, where)
+    elif role == "assistant" and not (message["content"] + message.get("reasoning_content", "")).strip():
+        raise BadRow("empty_answer", f"{where}.{text_key} is empty; expected the answer")
+    return message, weight
 
 
 def _read_role(item: dict[str, Any], key: str, where: str) -> str:
     role = _string(_field(item, key, where), f"{where}.{key}")
     if role in _ROLES:
         return _ROLES[role]
-    expected = (
-        "system, user, assistant or tool"
-        if key == "role"
-        else "system, human, gpt, function_call or observation"
-    )
-    near = (
-        [role.strip().lower()]
-        if role.strip().lower() in _ROLES
-        else difflib.get_close_matches(role, _ROLES, n=1)
-    )
+    expected = "user, assistant or tool" if key == "role" else "human, gpt, function_call or observation"
+    plain = role.strip().lower()
+    near = [plain] if plain in _ROLES else difflib.get_close_matches(plain, _ROLES, n=1)
     hint = f". Did you mean {near[0]!r}?" if near else ""
-    raise BadRow("unknown_role", f"{where}.{key} is {role!a}; expected {expected}{hint}")
+    raise BadRow("unknown_role", f"{where}.{key} is {role!a}; expected system, {expected}{hint}")
 
 
 def _read_content(item: dict[str, Any], key: str, where: str) -> str:
@@ -308,7 +287,7 @@ def _read_content(item: dict[str, Any], key: str, where: str) -> str:
         kind = _object(part, f"{where}[{i}]").get("type")
         if kind != "text":
             raise BadRow(
-                "unsupported_content", f"{where}[{i}].type is {kind!a}; only text parts can be trained on"
+                "unsupported_content", f"{where}[{i}].type is {kind!a}; expected 'text', the only kind"
             )
         texts.append(_string(_field(part, "text", f"{where}[{i}]"), f"{where}[{i}].text"))
     return "".join(texts)
@@ -319,12 +298,11 @@ def _read_weight(item: dict[str, Any], where: str) -> float | None:
     if train is not None and not isinstance(train, bool):
         raise BadRow("bad_weight", f"{where}.train is {train!a}; expected true or false")
     if weight is not None:
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight <= _MAX_WEIGHT:
             raise BadRow("bad_weight", f"{where}.weight is {weight!a}; expected a number of 0 or more")
         if train is not None and train != (weight > 0):
-            raise BadRow(
-                "bad_weight", f"{where} has train {str(train).lower()} and weight {weight}; give one of them"
-            )
+            said = f"train {_kind(train)} and weight {weight}"
+            raise BadRow("bad_weight", f"{where} has {said}, which contradict each other; give one of them")
         return float(weight)
     return None if train is None else float(train)
 
@@ -342,7 +320,7 @@ def _with_row_system(row: dict[str, Any], turns: list[_Turn]) -> list[_Turn]:
     return turns
 
 
-# ------------------------------------------------------------------------------------------------- tools
+# --- tools
 
 
 def _read_tools(row: dict[str, Any], notes: set[str]) -> tuple[_Message, ...]:
@@ -359,11 +337,14 @@ def _read_tools(row: dict[str, Any], notes: set[str]) -> tuple[_Message, ...]:
 
 
 def _wrapped(tool: _Message, where: str, notes: set[str]) -> _Message:
-    if "function" in tool or "type" in tool and "name" not in tool: return tool if not
-    isinstance(tool.get("name"), str): raise BadRow("bad_tools", f"{where} has no name; {_has(tool)}") #
-    OpenAI-compatible servers accept a schema only in this wrapping, so it is what a template sees when
-    serving. notes.add("tools_wrapped") return {"type": "function", "function": {key: value for key, value in
-    tool.items() if key != "type"}}
+    is_builtin = isinstance(tool.get("type"), str) and tool["type"] != "function"
+    if isinstance(tool.get("function"), dict) or is_builtin:
+        return tool
+    if not isinstance(tool.get("name"), str):
+        raise BadRow("bad_tools", f"{where} is no function schema: it has no name; {_has(tool)}")
+    # OpenAI-compatible servers take a schema only in this wrapping: it is what a template sees when serving.
+    notes.add("tools_wrapped")
+    return {"type": "function", "function": {key: value for key, value in tool.items() if key != "type"}}
 
 
 def _read_tool_calls(item: dict[str, Any], where: str) -> list[_Message]:
@@ -377,9 +358,9 @@ def _read_tool_calls(item: dict[str, Any], where: str) -> list[_Message]:
     return [_read_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls or [])]
 
 
-def _read_call_text(item: dict[str, Any], where: str, key: str) -> list[_Message]:
+def _read_call_text(text: str, where: str) -> list[_Message]:
     """A sharegpt function_call turn: JSON of one call or of a list of calls."""
-    calls = _parse(_string(_field(item, key, where.rpartition(".")[0]), where), where, "bad_tool_call")
+    calls = _parse(text, where, "bad_tool_call")
     if not isinstance(calls, list):
         return [_read_call(calls, where)]
     if not calls:
@@ -393,18 +374,13 @@ def _read_call(call: Any, where: str) -> _Message:
     outer = call if isinstance(call, dict) else {}
     function = outer.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow(
-            "bad_tool_call",
-            f"{where} is {_kind(call)} without a function's name; expected name and arguments",
-        )
+        raise BadRow("bad_tool_call", f"{where} is {_kind(call)} without a name; expected name and arguments")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         arguments = _parse(arguments, f"{where}.arguments", "bad_tool_call")
     if not isinstance(arguments, dict):
-        raise BadRow(
-            "bad_tool_call",
-            f"{where}.arguments is {_kind(arguments)}; expected an object, {{}} if there are none",
-        )
+        found = _kind(arguments) if "arguments" in function else "missing"
+        raise BadRow("bad_tool_call", f"{where}.arguments is {found}; expected an object, {{}} for none")
     made: _Message = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": _string(outer["id"], f"{where}.id"), **made} if outer.get("id") is not None else made
 
@@ -416,18 +392,16 @@ def _parse(text: str, where: str, reason: str) -> Any:
         raise BadRow(reason, f"{where} is not sound JSON ({problem.reason}): {problem.detail}") from None
 
 
-# ------------------------------------------------------------------------------------------------- single
-values
+# --- single values
 
 
 def _field(holder: dict[str, Any], key: str, where: str = "") -> Any:
     """A field that must be there and not be null."""
     if key not in holder:
-        raise BadRow(
-            "missing_field", f"{where or 'the row'} has no {key!r}; {_has(holder)}{_near(key, holder)}"
-        )
+        said = f"{where or 'the row'} has no {key!r}"
+        raise BadRow("missing_field", f"{said}; {_has(holder)}{_near(key, holder)}")
     if holder[key] is None:
-        raise BadRow("null_field", f"{where}{'.' if where else ''}{key} is null; expected a value")
+        raise BadRow("null_field", f"{f'{where}.{key}' if where else key} is null; expected a value")
     return holder[key]
 
 
@@ -440,35 +414,31 @@ def _text(row: dict[str, Any], key: str, if_blank: str | None) -> str:
 
 
 def _string(value: Any, where: str) -> str:
-    if isinstance(value, str):
-        return value
-    raise BadRow(
-        "null_field" if value is None else "not_a_string", f"{where} is {_kind(value)}; expected a string"
-    )
+    return _expect(value, str, where)
 
 
 def _list(value: Any, where: str) -> list[Any]:
-    if isinstance(value, list):
-        return value
-    raise BadRow(
-        "null_field" if value is None else "not_a_list", f"{where} is {_kind(value)}; expected a list"
-    )
+    return _expect(value, list, where)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
-    if isinstance(value, dict):
+    return _expect(value, dict, where)
+
+
+def _expect(value: Any, kind: type[_T], where: str) -> _T:
+    if isinstance(value, kind):
         return value
-    raise BadRow(
-        "null_field" if value is None else "not_an_object", f"{where} is {_kind(value)}; expected an object"
-    )
+    noun = _NOUNS[kind]
+    reason = "null_field" if value is None else f"not_{noun.replace(' ', '_')}"
+    raise BadRow(reason, f"{where} is {_kind(value)}; expected {noun}")
 
 
 def _kind(value: Any) -> str:
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return "null" if value is None else str(value).lower()
     if isinstance(value, int | float):
         return f"the number {value}"
-    return {str: "a string", list: "a list", dict: "an object"}.get(type(value), f"a {type(value).__name__}")
+    return _NOUNS.get(type(value), f"a {type(value).__name__}")
 
 
 def _has(holder: Iterable[str]) -> str:

@@ -18,7 +18,5 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> 
     which these predictions may be a part. Raises ValueError if the shapes do not agree."""
     if logits.shape[:-1] != targets.shape or targets.shape != weights.shape:
         raise ValueError(f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}, weights {tuple(weights.shape)}")
-    if not len(targets):
-        return logits.float().sum()  # no prediction: zero, yet part of the graph so that backward has a way
     nll = F.cross_entropy(logits.float(), targets, reduction="none")
     return (nll * weights).sum()

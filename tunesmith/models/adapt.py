@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tunesmith.config import AdapterConfig, Config
 from tunesmith.errors import ModelError
+from tunesmith.models.load import load_model
+
+
+def build_model(config: Config, tokenizer: Any, say: Callable[[str], None]) -> Any:
+    """The model of the config, loaded and adapted; adapters are drawn from `run.seed`."""
+    from transformers import set_seed
+
+    set_seed(config.run.seed)
+    return adapt_model(load_model(config, tokenizer, say), config, tokenizer)
 
 
 def adapt_model(model: Any, config: Config, tokenizer: Any) -> Any:

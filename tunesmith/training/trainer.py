@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from tunesmith.data.loading import RowSet
-from tunesmith.losses.cross_entropy import weighted_cross_entropy
+from tunesmith.data.report import SourceReport
 from tunesmith.models.save import save_weights
 from tunesmith.packing.collate import collate_flat
 from tunesmith.packing.loader import PlanSampler, plan_loader
@@ -31,6 +32,8 @@ from tunesmith.training.bad_step import write_bad_step
 from tunesmith.training.checkpoints import Checkpoint, Checkpoints
 
 Pack = dict[str, Any]
+# (model, pack) -> sum over the pack's targets of weight * loss, a float32 scalar.
+Objective = Callable[[Any, Pack], Tensor]
 
 
 @dataclasses.dataclass
@@ -43,15 +46,17 @@ class StepCounts:
     started_at: float = 0.0
 
 
-class SftTrainer(Trainer):
-    """Trains `model` on `train_rows` in the order of `plan`; evaluates on `valid_rows` if there are any."""
+class PackTrainer(Trainer):
+    """Trains `model` on `train_rows` in the order of `plan`, to lower `objective`; evaluates on `valid_rows` if
+    there are any. `decode` turns token ids into text, for the report of a bad step."""
 
     def __init__(
         self,
         *,
         model: Any,
         args: Any,
-        tokenizer: Any,
+        objective: Objective,
+        decode: Callable[[Any], str],
         plan: StepPlan,
         train_rows: RowSet,
         valid_rows: RowSet | None,
@@ -60,6 +65,8 @@ class SftTrainer(Trainer):
         lora_plus_ratio: float = 1.0,
         callbacks: Sequence[Any] = (),
     ) -> None:
+        self.objective = objective
+        self.decode = decode
         self.plan = plan
         self.train_rows = train_rows
         self.valid_rows = valid_rows
@@ -67,15 +74,22 @@ class SftTrainer(Trainer):
         self.checkpoints = checkpoints
         self.lora_plus_ratio = lora_plus_ratio
         self.step_counts = StepCounts()
+        self.rows_report = SourceReport("rows as they were fetched", "")
         self._sampler: PlanSampler | None = None
+        self._resume_step = 0
         self._step_packs: list[Pack] = []
         self._step_losses: list[Tensor] = []
         super().__init__(
             model=model, args=args, processing_class=None, train_dataset=train_rows.rows, callbacks=list(callbacks)
         )
-        self.tokenizer = tokenizer  # not as processing_class: transformers would rewrite the model's special tokens
+        # No processing_class: transformers would rewrite the model's special tokens from it.
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last step of the run has been trained."""
+        return bool(self.state.global_step >= self.state.max_steps)
 
     # --- data
 
@@ -88,11 +102,8 @@ class SftTrainer(Trainer):
             workers=self.args.dataloader_num_workers,
             pin_memory=self.args.device.type == "cuda",
         )
-        if self._resume_step:
-            self._sampler.resume_at(self._resume_step)
+        self._sampler.resume_at(self._resume_step)
         return loader
-
-    _resume_step = 0
 
     def train_from(self, checkpoint: Checkpoint | None) -> Any:
         """Train to the end, from a checkpoint or from the start."""
@@ -116,6 +127,9 @@ class SftTrainer(Trainer):
             counts = self.accelerator.reduce(counts, reduction="sum")
         self.step_counts = StepCounts(int(counts[1]), int(counts[2]), int(counts[3]), started_at)
         self._step_packs, self._step_losses = packs, []
+        for pack in packs:
+            for row in pack["rows"]:
+                self.rows_report.add(row)
         return packs, counts[0].float()
 
     # --- loss
@@ -126,25 +140,11 @@ class SftTrainer(Trainer):
         """This pass's share of the step's loss: its sum over targets by the weight of the whole step.
 
         Times the number of ranks, since DDP and FSDP average gradients over them."""
-        total = self._loss_sum(model, inputs)
+        total = self.objective(model, inputs)
         assert num_items_in_batch is not None
         share = total / num_items_in_batch.clamp(min=torch.finfo(torch.float32).tiny) * self.args.world_size
         self._step_losses.append(share.detach())
         return (share, None) if return_outputs else share
-
-    def _loss_sum(self, model: Any, pack: Pack) -> Tensor:
-        """Sum over the pack's targets of weight * nll, in nats."""
-        output = model(
-            input_ids=pack["input_ids"],
-            position_ids=pack["position_ids"],
-            use_cache=False,
-            # Logits only where something is predicted; an empty pack still needs one for its graph.
-            logits_to_keep=pack["positions"] if len(pack["positions"]) else 1,
-        )
-        logits = output.logits[0]
-        if not len(pack["positions"]):
-            return logits.float().sum() * 0.0
-        return weighted_cross_entropy(logits, pack["targets"], pack["weights"])
 
     def floating_point_ops(self, inputs: Pack) -> int:
         return 0  # MFU is told from models.cost; transformers' estimate counts frozen weights as trained
@@ -187,7 +187,7 @@ class SftTrainer(Trainer):
                 packs=self._step_packs,
                 losses=[float(value) for value in self._step_losses],
                 grad_norm=None if norm is None else float(norm),
-                decode=self.tokenizer.decode,
+                decode=self.decode,
             )
         return norm
 
@@ -210,7 +210,7 @@ class SftTrainer(Trainer):
             if not len(pack["targets"]):
                 continue
             with self.autocast():
-                loss = self._loss_sum(self.model, self._prepare_inputs(pack))
+                loss = self.objective(self.model, self._prepare_inputs(pack))
             sums += torch.tensor([float(loss), float(pack["weights"].sum()), len(pack["targets"])], dtype=torch.float64)
         self.model.train(was_training)
         if self.args.world_size > 1:
@@ -234,8 +234,6 @@ class SftTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Weights as they are trained, and no pickle of the arguments: config.yaml says them."""
-        from pathlib import Path
-
         assert output_dir is not None
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)

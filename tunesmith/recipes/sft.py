@@ -1,0 +1,52 @@
+"""Supervised fine-tuning, from a config to a run folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tunesmith.artifacts.model_card import model_card
+from tunesmith.artifacts.summary import finish_run
+from tunesmith.config import Config, load_config
+from tunesmith.data.loading import load_data
+from tunesmith.data.tokenizer import load_tokenizer
+from tunesmith.models.adapt import build_model
+from tunesmith.training.objectives import next_token_loss
+from tunesmith.training.progress import Progress
+from tunesmith.training.run_folder import RunFolder
+from tunesmith.training.session import Session
+
+
+@dataclass(frozen=True)
+class SftResult:
+    """What a run left: its folder, the adapter or model at its end and at its best, and the figures of summary.json.
+    `best` is None without validation rows."""
+
+    run: Path
+    final: Path
+    best: Path | None
+    summary: dict[str, Any]
+
+
+def sft(config: str | Path | dict[str, Any] | Config, overrides: list[str] | None = None) -> SftResult:
+    """Tune a causal LM on conversations or text, by LoRA or in full.
+
+    Takes a YAML file, a dict of the same shape or a Config, and `section.key=value` overrides. Goes on from the
+    newest checkpoint where the run folder has one. Raises tunesmith.errors.*, Interrupted after a signal among them."""
+    config = load_config(config, overrides or [])
+    progress = Progress()
+    run = RunFolder(config)
+    start = run.find_start(config, progress.say)
+    tokenizer = load_tokenizer(config)
+    data = load_data(config, tokenizer, progress.say)
+    model = build_model(config, tokenizer, progress.say)
+    card = partial(model_card, config, data, model)
+    session = Session(config, run, tokenizer, data, model, progress, objective=next_token_loss, card=card)
+    session.begin(start)
+    session.measure_untouched(start)
+    session.train(start)
+    session.measure_tuned()
+    summary = finish_run(session)
+    return SftResult(run.path, run.final, run.best if run.best.is_dir() else None, summary)

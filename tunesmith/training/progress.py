@@ -1,0 +1,87 @@
+"""What a person sees while a run goes on: one live line on a terminal, a line now and then where there is none."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.text import Text
+from transformers import TrainerCallback
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Prints notes and the state of training to a console, which knows about NO_COLOR and terminals."""
+
+    def __init__(self) -> None:
+        # Of many ranks the first one speaks.
+        self.console = Console(quiet=int(os.environ.get("RANK", "0")) != 0)
+
+    def say(self, message: str) -> None:
+        """One line for the reader; warnings stand out."""
+        if message.startswith("warning: "):
+            self.console.print(f"[yellow]warning:[/yellow] {escape(message.removeprefix('warning: '))}", highlight=False)
+        else:
+            self.console.print(escape(message), highlight=False)
+
+
+class ProgressLine(TrainerCallback):
+    """step, epoch, loss, eval loss, speed, time left, memory. Fed by MetricsFile; drawn by rich."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live: Live | None = None
+        self._eval_loss: float | None = None
+        self._started_at = self._printed_at = 0.0
+        self._first_step = self._max_steps = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._first_step, self._max_steps = state.global_step, state.max_steps
+        self._started_at = time.perf_counter()
+        if self._console.is_terminal and state.is_world_process_zero:
+            self._live = Live(Text("first step ..."), console=self._console, refresh_per_second=4)
+            self._live.start()
+
+    def close(self) -> None:
+        """End the live line, whatever ended training."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def show(self, line: dict[str, Any]) -> None:
+        """Take in one line of metrics.jsonl."""
+        self._eval_loss = line.get("eval_loss", self._eval_loss)
+        if "loss" not in line:
+            if line["step"]:
+                self._console.print(f"step {line['step']}  eval loss {line['eval_loss']:.4f}", highlight=False)
+            return
+        text = self._text(line)
+        if self._live is not None:
+            self._live.update(Text(text))
+        elif line["step"] == self._max_steps or time.perf_counter() - self._printed_at >= _SECONDS_BETWEEN_LINES:
+            self._printed_at = time.perf_counter()
+            self._console.print(text, highlight=False)
+
+    def _text(self, line: dict[str, Any]) -> str:
+        done = line["step"] - self._first_step
+        left = (time.perf_counter() - self._started_at) / max(done, 1) * (self._max_steps - line["step"])
+        parts = [f"step {line['step']}/{self._max_steps}", f"epoch {line['epoch']:.2f}", f"loss {line['loss']:.4f}"]
+        if self._eval_loss is not None:
+            parts.append(f"eval {self._eval_loss:.4f}")
+        parts += [
+            f"{line['tokens_per_s']:,.0f} tokens/s",
+            f"{_clock(left)} left",
+            f"{line['peak_memory_gib']:.1f} GiB",
+        ]
+        return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
