@@ -130,7 +130,9 @@ def _schema(_: argparse.Namespace) -> None:
 def _quiet_libraries() -> None:
     """What transformers and datasets log is for their developers; what a user needs we say ourselves."""
     import os
+    import warnings
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|accelerate)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -17,8 +17,8 @@ SKIPPED = {"runs", "build", "dist", "node_modules", "__pycache__", "shared"}
 
 
 def _configs() -> Iterator[Path]:
-    """Every YAML file below the repository, hidden folders and runs aside, that looks like a config of ours: it has
-    `model` or `data`, so that one with a typo in the other is found too."""
+    """Every YAML file below the repository, hidden folders and runs aside, that looks like a config of
+    ours: it has `model` or `data`, so that one with a typo in the other is found too."""
     for folder, folders, files in os.walk(REPOSITORY):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in SKIPPED)
         for file in sorted(files):

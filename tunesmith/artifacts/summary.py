@@ -98,7 +98,7 @@ def print_answers(
     for heading in ("asked", "expected", "before", "after"):
         table.add_column(heading, overflow="fold", ratio=1)
     for question, first, last in list(zip(asked, before, after, strict=True))[:number]:
-        table.add_row(*(escape(text if len(text) <= 300 else text[:297] + "...") for text in (question.prompt[-300:], question.expected, first, last)))
+        table.add_row(*(escape(text if len(text) <= 300 else text[:297] + "...") for text in (question.asked, question.expected, first, last)))
     console.print(table, highlight=False)
 
 

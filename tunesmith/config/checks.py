@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tunesmith.config.yaml_text import show
+
 if TYPE_CHECKING:  # for types only: the schema calls this file, not the other way about
     from tunesmith.config.schema import Config, Section
 
@@ -106,25 +108,15 @@ def resolve_defaults(config: Config) -> None:
         _set(config.eval, batch_tokens=train.micro_batch_tokens)
 
 
-def _changed(section: Section, *keys: str) -> list[str]:
-    """Those of `keys` (all, when none are named) whose value is not the default.
+def _changed(section: Section) -> list[str]:
+    """The keys whose value is not the default.
 
     Not `model_fields_set`: in a saved config, where every default is written out, every key is set."""
     fields = type(section).model_fields
-    return [key for key in keys or fields if getattr(section, key) != fields[key].default]
+    return [key for key in fields if getattr(section, key) != fields[key].default]
 
 
-_ADAPTER_KEYS = (
-    "r",
-    "alpha",
-    "dropout",
-    "target_modules",
-    "modules_to_save",
-    "rslora",
-    "dora",
-    "lora_plus_ratio",
-    "trainable_tokens",
-)
+# The others have values of their own without a validation set, or only matter beside these.
 _EVAL_KEYS = ("every_steps", "early_stopping_patience", "answer_rows")
 
 
@@ -171,24 +163,6 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
         "data.train has weights, which need the number of rows; with data.loading streaming it is not "
         "known. Use data.loading cached or lazy",
     ),
-    *(
-        (
-            (f"eval.{key}", "data.valid"),
-            lambda c, key=key: c.data.valid is None and bool(_changed(c.eval, key)),
-            f"eval.{key} is {{c.eval.{key}}}, but there is nothing to evaluate on. Set data.valid to a "
-            "file or a fraction such as 0.05",
-        )
-        for key in _EVAL_KEYS
-    ),
-    *(
-        (
-            (f"adapter.{key}", "adapter.method"),
-            lambda c, key=key: c.adapter.method == "none" and bool(_changed(c.adapter, key)),
-            f"adapter.{key} is {{c.adapter.{key}!r}}, but adapter.method is none, so it would do nothing. "
-            "Remove it, or set adapter.method to lora",
-        )
-        for key in _ADAPTER_KEYS
-    ),
     (
         ("model.freeze", "adapter.method"),
         lambda c: c.adapter.method != "none" and bool(c.model.freeze),
@@ -202,6 +176,34 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
         "cannot be trained in full. Set adapter.method to lora, or model.quantization to none",
     ),
 ]
+
+
+def _nothing_to_evaluate(config: Config) -> list[Contradiction]:
+    if config.data.valid is not None:
+        return []
+    return [
+        Contradiction(
+            (f"eval.{key}", "data.valid"),
+            f"eval.{key} is {show(getattr(config.eval, key))}, but there is nothing to evaluate on. Set data.valid to "
+            "a file, or to a fraction such as 0.05",
+        )
+        for key in _changed(config.eval)
+        if key in _EVAL_KEYS
+    ]
+
+
+def _nothing_to_adapt(config: Config) -> list[Contradiction]:
+    if config.adapter.method != "none":
+        return []
+    return [
+        Contradiction(
+            (f"adapter.{key}", "adapter.method"),
+            f"adapter.{key} is {show(getattr(config.adapter, key))}, but adapter.method is none, so it would do "
+            "nothing. Remove it, or set adapter.method to lora",
+        )
+        for key in _changed(config.adapter)
+        if key != "method"
+    ]
 
 
 def _owned_trainer_args(config: Config) -> list[Contradiction]:
@@ -253,8 +255,9 @@ def _missing_template(config: Config) -> list[Contradiction]:
     if template in ("auto", "chatml") or os.path.isfile(template):
         return []
     near = next((name for name in ("auto", "chatml") if sorted(name) == sorted(template.lower())), None)
-    shown = repr(template) if len(template) <= 80 else repr(template)[:77] + "..."
-    message = f"data.template is {shown}; expected auto, chatml or a Jinja file, and there is no such file"
+    message = (
+        f"data.template is {show(template)}; expected auto, chatml or a Jinja file, and there is no such file"
+    )
     return [Contradiction(("data.template",), message + (f". Did you mean {near}?" if near else ""))]
 
 
@@ -263,7 +266,14 @@ def check_consistency(config: Config) -> None:
     found = [
         Contradiction(keys, text.format(c=config)) for keys, holds, text in CONTRADICTIONS if holds(config)
     ]
-    for check in (_owned_trainer_args, _bad_patterns, _number_as_path, _missing_template):
+    for check in (
+        _nothing_to_evaluate,
+        _nothing_to_adapt,
+        _owned_trainer_args,
+        _bad_patterns,
+        _number_as_path,
+        _missing_template,
+    ):
         found += check(config)
     if found:
         raise Contradictions(found)

@@ -50,6 +50,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML folds U+0085 and U+2028 like line ends and reads back another text; in double quotes it escapes them.
+    is_plain = text.replace("\n", "").isprintable()
+    return dumper.represent_scalar(f"{_TAG}str", text, style=None if is_plain else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 _Dumper.add_implicit_resolver(f"{_TAG}float", FLOAT_PATTERN, list("-+.0123456789"))
 
 

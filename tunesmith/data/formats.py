@@ -172,6 +172,9 @@ def _read_conversation(row: dict[str, Any], names: tuple[str, ...], notes: set[s
         if first < len(turns) and turns[first][0]["role"] != "user":
             del turns[first]
             notes.add("leading_turn_dropped")
+            if not turns:
+                said = "no turn is left but the leading one, which is not the human's and is dropped"
+                raise BadRow("no_assistant_turn", said)
     return _chat(turns, name, _read_tools(row, notes), notes)
 
 
@@ -181,7 +184,7 @@ def _read_alpaca(row: dict[str, Any], notes: set[str]) -> Record:
     extra = _text(row, "input", None) if row.get("input") is not None else ""
     question = "\n".join(part for part in (instruction, extra) if part)
     if not question.strip():
-        raise BadRow("empty", "instruction and input are empty; expected a question or a task")
+        raise BadRow("empty", "instruction and input are empty; expected a task")
     turns: list[_Turn] = []
     for i, pair in enumerate(_list(row.get("history") or [], "history")):
         if len(_list(pair, f"history[{i}]")) != 2:
@@ -330,13 +333,15 @@ def _read_tools(row: dict[str, Any], notes: set[str]) -> tuple[_Message, ...]:
         raise BadRow("bad_tools", "the row has tools and functions; give one of them")
     for key, value in given.items():
         tools = _parse(value, key, "bad_tools") if isinstance(value, str) else value
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        if not isinstance(tools, list):
             raise BadRow("bad_tools", f"{key} is {_kind(tools)}; expected a list of function schemas")
         return tuple(_wrapped(tool, f"{key}[{i}]", notes) for i, tool in enumerate(tools))
     return ()
 
 
-def _wrapped(tool: _Message, where: str, notes: set[str]) -> _Message:
+def _wrapped(tool: Any, where: str, notes: set[str]) -> _Message:
+    if not isinstance(tool, dict):
+        raise BadRow("bad_tools", f"{where} is {_kind(tool)}; expected a function schema")
     is_builtin = isinstance(tool.get("type"), str) and tool["type"] != "function"
     if isinstance(tool.get("function"), dict) or is_builtin:
         return tool

@@ -27,11 +27,12 @@ def documents_stay_apart(model: Any) -> bool:
         after_other = _logits(model, other, second)
         alone = _logits(model, second)
         scale = alone.std()
-        # The same shapes and masked terms that are exactly zero: any difference but rounding is a leak. Alone, the
-        # shapes differ, so that rounding in bfloat16 shows.
-        return bool(
-            (after_first - after_other).abs().max() <= 1e-3 * scale and (after_first - alone).abs().max() <= 0.1 * scale
-        )
+        # In a pack the shapes are the same and masked terms exactly zero: any difference is a leak. Alone the shapes
+        # differ, and bfloat16 rounds otherwise (measured on SmolLM2-135M: 0.03 root mean square); a model that has
+        # the wrong positions is off by the logits' own size.
+        leak = (after_first - after_other).abs().max()
+        moved = (after_first - alone).square().mean().sqrt()
+        return bool(leak <= 1e-3 * scale and moved <= 0.2 * scale)
     finally:
         model.train(was_training)
 

@@ -17,16 +17,16 @@ _ROWS_AT_ONCE = 25
 
 @dataclass(frozen=True)
 class Question:
-    """The prompt of a row's last answer, as served, and the answer the row has."""
+    """The prompt of a row's last answer, as served; what its last message says; and the answer the row has."""
 
     place: str
     prompt_ids: NDArray[np.int32]
-    prompt: str
+    asked: str
     expected: str
 
 
-def questions(rows: RowSet, limit: int, tokenizer: Any) -> list[Question]:
-    """Up to `limit` rows that end with an answer, in file order."""
+def questions(rows: RowSet, limit: int, tokenizer: Any, stop_ids: Sequence[int]) -> list[Question]:
+    """Up to `limit` rows that end with an answer, in file order. `stop_ids` end a message."""
     found: list[Question] = []
     for row in range(rows.num_rows):
         if len(found) == limit:
@@ -44,11 +44,21 @@ def questions(rows: RowSet, limit: int, tokenizer: Any) -> list[Question]:
             Question(
                 place,
                 prompt_ids,
-                tokenizer.decode(prompt_ids, skip_special_tokens=True),
+                _last_message(prompt_ids, tokenizer, stop_ids),
                 tokenizer.decode(example.input_ids[start:end], skip_special_tokens=True).strip(),
             )
         )
     return found
+
+
+def _last_message(prompt_ids: NDArray[np.int32], tokenizer: Any, stop_ids: Sequence[int]) -> str:
+    """What a reader wants to see of a prompt: its last whole message, without the template's heading `user`."""
+    (ends,) = np.nonzero(np.isin(prompt_ids, stop_ids))
+    if not len(ends):
+        return str(tokenizer.decode(prompt_ids, skip_special_tokens=True)).strip()
+    start = ends[-2] + 1 if len(ends) > 1 else 0
+    text = str(tokenizer.decode(prompt_ids[start : ends[-1]], skip_special_tokens=True)).strip()
+    return text.removeprefix("user").strip()
 
 
 @torch.no_grad()

@@ -174,7 +174,7 @@ class Session:
 
     def _write_answers(self, when: str, given: list[str]) -> None:
         content = self.read_answers() | {
-            "asked": [{"place": q.place, "prompt": q.prompt, "expected": q.expected} for q in self.asked],
+            "rows": [{"place": q.place, "asked": q.asked, "expected": q.expected} for q in self.asked],
             when: given,
         }
         write_json(self.run.path / "answers.json", content)
@@ -182,7 +182,7 @@ class Session:
     def _questions(self) -> list[Question]:
         if self.data.valid is None or not self.config.eval.answer_rows:
             return []
-        return questions(self.data.valid, self.config.eval.answer_rows, self.tokenizer)
+        return questions(self.data.valid, self.config.eval.answer_rows, self.tokenizer, self.stop_ids)
 
     def _save_best(self, step: int, eval_loss: float) -> None:
         self.save(self.run.best, {"step": step, "eval_loss": eval_loss})

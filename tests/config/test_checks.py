@@ -1,0 +1,151 @@
+"""Defaults that follow from other settings have the documented values; a saved config contradicts nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tunesmith.config import Config, SourceConfig, dump_config, load_config
+from tunesmith.config.checks import CONTRADICTIONS, OWNED_TRAINER_ARGS
+from tunesmith.config.keys import all_keys
+from tunesmith.errors import ConfigError
+
+MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "a.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"epochs": 3.0, "max_steps": None, "micro_batch_tokens": 2048, "learning_rate": 2e-4}),
+        ({"train": {"max_steps": 7}}, {"epochs": None, "max_steps": 7}),
+        ({"train": {"epochs": 0.5}}, {"epochs": 0.5}),
+        ({"data": {"train": "a", "max_length": 4096}}, {"micro_batch_tokens": 4096}),
+        ({"data": {"train": "a", "max_length": 64}}, {"micro_batch_tokens": 2048}),
+        ({"adapter": {"method": "none"}}, {"learning_rate": 1e-5}),
+        ({"adapter": {"method": "none"}, "train": {"learning_rate": 3e-5}}, {"learning_rate": 3e-5}),
+    ],
+)
+def test_defaults_that_depend_on_other_settings_are_written_out(
+    settings: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    config = load_config({**MINIMAL, **settings})
+    assert {key: getattr(config.train, key) for key in expected} == expected
+    assert config.eval.batch_tokens == config.train.micro_batch_tokens
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"adapter": {"method": "none"}},
+        {"train": {"max_steps": 5}},
+        {"data": {"train": "a", "valid": 0.1}},
+        {"data": {"train": "a", "loading": "streaming"}, "train": {"max_steps": 5}},
+        {"model": {"path": "m", "freeze": [r"layers\.[0-3]\."]}, "adapter": {"method": "none"}},
+    ],
+)
+def test_a_saved_config_reruns_with_every_default_written_out(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = load_config({**MINIMAL, **settings})
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    saved = load_config(path)
+    assert saved == config
+    assert saved.eval.model_fields_set == set(type(saved.eval).model_fields)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_contradictions"),
+    [
+        ({"adapter": {"method": "none", "r": 16}}, 0),  # the default, written out
+        ({"adapter": {"method": "none", "r": 17}}, 1),
+        ({"eval": {"batch_tokens": 4096, "max_new_tokens": 9}}, 0),
+        ({"eval": {"answer_rows": 0}}, 0),
+        ({"eval": {"answer_rows": 1}}, 1),
+        ({"train": {"micro_batch_tokens": 2048}}, 0),
+        ({"train": {"micro_batch_tokens": 2047}}, 1),  # and not a second time through eval.batch_tokens
+        ({"train": {"micro_batch_tokens": 2047}, "eval": {"batch_tokens": 2046}}, 2),
+        ({"model": {"path": "m", "quantization": "int8"}}, 0),
+        ({"adapter": {"rslora": True, "dora": True}}, 0),  # PEFT combines them
+        ({"adapter": {"target_modules": r".*\.(q|v)_proj"}}, 0),
+        ({"adapter": {"target_modules": ["q_proj", "v_proj"]}}, 0),
+        ({"train": {"trainer_args": {"adam_beta2": 0.95}}}, 0),
+        ({"train": {"trainer_args": {"bf16": True, "fp16": True}}}, 2),
+    ],
+)
+def test_contradictions_are_judged_by_values_and_not_by_what_was_written(
+    settings: dict[str, Any], num_contradictions: int
+) -> None:
+    if num_contradictions == 0:
+        load_config({**MINIMAL, **settings})
+        return
+    with pytest.raises(ConfigError) as caught:
+        load_config({**MINIMAL, **settings})
+    lines = str(caught.value).splitlines()
+    assert len([line for line in lines if "mistakes" not in line]) == num_contradictions
+
+
+def test_a_template_file_is_accepted_when_it_exists(tmp_path: Path) -> None:
+    template = tmp_path / "my.jinja"
+    template.write_text("{{ messages }}")
+    values = {**MINIMAL, "data": {"train": "a", "template": str(template)}}
+    assert load_config(values).data.template == str(template)
+    values["data"]["template"] = "{% for message in messages %}" * 200  # a template where its path belongs
+    with pytest.raises(ConfigError, match=r"expected auto, chatml or a Jinja file"):
+        load_config(values)
+
+
+def test_a_validation_file_whose_name_is_a_number_is_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("2024").write_text("")
+    config = load_config({**MINIMAL, "data": {"train": "a", "valid": "2024"}})
+    assert config.data.valid == [SourceConfig(path="2024")]
+
+
+def test_contradictions_name_keys_that_exist() -> None:
+    for keys, _, _ in CONTRADICTIONS:
+        assert set(keys) <= set(all_keys())
+    owners = {
+        word.rstrip(",") for text in OWNED_TRAINER_ARGS.values() for word in text.split() if "." in word
+    }
+    assert {owner for owner in owners if not owner.endswith("/")} <= set(all_keys())
+
+
+def test_the_keys_a_contradiction_names_are_those_it_reads() -> None:
+    """A key that is read but not named could cause a report that rests on another mistake."""
+    for keys, holds, _ in CONTRADICTIONS:
+        read: set[str] = set()
+        for variant in (
+            {},
+            {"data": {"train": "a", "loading": "streaming"}, "train": {"max_steps": 3}},
+            {"adapter": {"method": "none"}},
+            {"train": {"max_steps": 3}},
+        ):
+            holds(_Recorder(load_config({**MINIMAL, **variant}), read))  # type: ignore[arg-type]
+        assert read <= set(keys)
+
+
+class _Recorder:
+    """A config that notes which keys are read."""
+
+    def __init__(self, target: Any, read: set[str], prefix: str = "") -> None:
+        self._target, self._read, self._prefix = target, read, prefix
+
+    def __getattr__(self, name: str) -> Any:
+        if self._prefix:
+            self._read.add(f"{self._prefix}.{name}")
+            return getattr(self._target, name)
+        return _Recorder(getattr(self._target, name), self._read, name)
+
+
+def test_a_config_made_in_python_is_checked_too() -> None:
+    with pytest.raises(ValidationError, match="a run ends by one of them"):
+        Config.model_validate({**MINIMAL, "train": {"epochs": 1, "max_steps": 2}})
+    with pytest.raises(ValidationError):
+        Config.model_validate(MINIMAL).train.batch_size = 3  # type: ignore[misc]
