@@ -1,7 +1,8 @@
 """The tree of errors a user can meet.
 
-Every message says what is wrong, where (file:line or config key), what was expected and how to mend it. The
-command line prints the message alone; the traceback is for `--debug`. An `assert` is for our own mistakes only.
+Every message says what is wrong, where (file:line or config key), what was expected and how to mend it.
+The command line prints the message alone; the traceback is for `--debug`. An `assert` is for our own
+mistakes only.
 
     TunesmithError                 exit code 1: the run failed
       UserError                    exit code 2: what the user gave is wrong
@@ -50,7 +51,9 @@ class MissingExtraError(UserError):
     """An optional package is not installed; the message names the extra that brings it."""
 
     def __init__(self, what: str, package: str, extra: str) -> None:
-        super().__init__(f"{what} needs the package {package!r}. Install it: pip install 'tunesmith[{extra}]'")
+        super().__init__(
+            f"{what} needs the package {package!r}. Install it: pip install 'tunesmith[{extra}]'"
+        )
 
 
 class CheckpointError(TunesmithError):

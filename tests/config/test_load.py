@@ -69,8 +69,8 @@ def test_at_least_sixty_mistakes_are_planted_and_none_twice() -> None:
         ("[" * 3000, "c.yaml: nested too deeply, or a YAML alias that holds itself."),
         (
             "model: {path: m}\ndata: {train: a}\ntrain: {batch_size: " + "9" * 400 + "}\n",
-            "c.yaml:3: train.batch_size is a number of about 400 digits; expected a whole number of at least 1. "
-            "It is too large.",
+            "c.yaml:3: train.batch_size is a number of about 400 digits; "
+            "expected a whole number of at least 1. It is too large.",
         ),
         (
             "model: {path: m}\ndata: {train: a}\ntrain: {batch_size: " + "9" * 5000 + "}\n",
@@ -94,19 +94,8 @@ def test_text_that_cannot_stand_in_a_table_gives_exactly_this_message(
 def test_no_message_speaks_pydantic_or_python() -> None:
     for case in _planted():
         message = case.values[2]
-        for jargon in (
-            "Input should",
-            "valid ",
-            "type=",
-            "None",
-            "True",
-            "False",
-            "pydantic",
-            "dict",
-            "str,",
-            "errors.",
-        ):
-            assert jargon not in message.replace("not valid YAML", ""), message
+        for jargon in ("Input should", "type=", "input_value", "None", "True", "False", "pydantic", "dict"):
+            assert jargon not in message, message
 
 
 # ---- contradictions that rest on another mistake ----
@@ -140,6 +129,15 @@ def test_a_contradiction_that_rests_on_a_wrong_key_is_not_reported(
     message = _message({**MINIMAL, **wrong})
     assert "\n" not in message
     assert mistake in message
+
+
+def test_a_contradiction_that_rests_on_a_wrong_key_is_not_reported_beside_a_wrong_value_either() -> None:
+    streaming = {"train": "a", "loading": "streaming"}
+    message = _message({**MINIMAL, "data": streaming, "train": {"zzz": 10, "batch_size": "x"}})
+    assert [line.split(";")[0].split(".")[0:2] for line in message.splitlines()[1:]] == [
+        ["config: unknown key train", "zzz"],
+        ["config: train", "batch_size is 'x'"],
+    ]
 
 
 def test_a_contradiction_among_right_keys_is_reported_beside_a_wrong_key() -> None:
@@ -193,9 +191,24 @@ def test_a_key_of_another_tool_is_answered_with_ours() -> None:
 # ---- dump and load ----
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
-_TRICKY = st.sampled_from(
-    ["no", "1e-4", "010", "0x1F", "1_000", "2024-01-01", "null", "~", "<<", "1:30", "a: b", "# x", " ", "-"]
-)
+_WORDS = [
+    "no",
+    "1e-4",
+    "010",
+    "0x1F",
+    "1_000",
+    "2024-01-01",
+    "null",
+    "~",
+    "<<",
+    "1:30",
+    "a: b",
+    "# x",
+    " ",
+    "-",
+]
+_WORDS += ["\x85", "a\u2028b", "a\r\nb", "\n", " a\n  b\n", "\ufeff", "\x00", "\t", "\U0001f600", "'\"\\"]
+_TRICKY = st.sampled_from(_WORDS)
 _NAMES = _TEXT | _TRICKY
 _POSITIVE = st.floats(1e-300, 1e300)
 _COUNT = st.integers(1, 2**53 - 1)
@@ -293,6 +306,14 @@ def test_a_config_that_is_dumped_loads_to_an_equal_one(
         for key, value in given_values.items():
             if (section, key) not in {("data", "train"), ("data", "valid")}:
                 assert getattr(getattr(config, section), key) == value
+
+
+@pytest.mark.parametrize("text", _WORDS)
+def test_a_text_that_yaml_could_read_as_something_else_survives_a_dump(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    config = load_config({**MINIMAL, "model": {"path": text}})
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path).model.path == text
 
 
 # ---- what is read ----

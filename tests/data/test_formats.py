@@ -123,6 +123,7 @@ def test_train_and_weight_become_weights_and_do_not_reach_the_template() -> None
 
 
 def test_fields_that_no_template_is_given_are_noted_and_so_are_trailing_turns() -> None:
+    assert record(chat(USER, {**ANSWER, "thinking": None})).messages == (USER, ANSWER)
     made, notes = read_record(chat(USER, {**ANSWER, "thinking": "Hm."}, USER), "messages", {})
     assert made.messages == (USER, ANSWER, USER)
     assert notes == ("trailing_turns_without_answer", "turn_fields_ignored")
@@ -172,6 +173,7 @@ def test_a_leading_turn_that_is_not_the_humans_is_dropped_once_and_noted() -> No
     assert (made.messages, notes) == (({"role": "system", "content": "S"}, USER, ANSWER), dropped)
     made, notes = read_record(shared_gpt(("gpt", "Hi"), ("gpt", "4")), "sharegpt", {})
     assert (made.messages, notes) == ((ANSWER,), dropped)
+    assert bad(shared_gpt(("system", "S")), "sharegpt").startswith("no_assistant_turn: the roles are system;")
     only = bad(shared_gpt(("gpt", "Hi")), "sharegpt")
     assert (
         only
@@ -225,7 +227,8 @@ def test_prompt_and_completion_are_raw_text_or_both_messages() -> None:
     assert turns == Record((USER, ANSWER, USER, ANSWER), (0.0, 0.0, 0.0, None))
     mixed = bad({"prompt": [USER], "completion": "4"}, "prompt_completion")
     assert mixed == (
-        "not_a_string: prompt is a list and completion is a string; expected two strings or two lists of messages"
+        "not_a_string: prompt is a list and completion is a string; "
+        "expected two strings or two lists of messages"
     )
 
 
@@ -237,6 +240,10 @@ def test_columns_are_renamed_and_a_mapped_one_wins() -> None:
     columns = {"question": "instruction", "answer": "output"}
     row = {"question": "2+2?", "answer": "4", "output": "unused"}
     assert record(row, "alpaca", columns).messages == (USER, ANSWER)
+    assert record({"input": "2+2?", "output": "4"}, "alpaca", {"input": "instruction"}).messages == (
+        USER,
+        ANSWER,
+    )
     assert bad({"questoin": "2+2?", "answer": "4"}, "alpaca", columns) == (
         "missing_field: the row has no 'question', which columns: maps to instruction; "
         "it has 'questoin', 'answer'. Did you mean 'questoin'?"
@@ -269,7 +276,8 @@ def test_columns_are_renamed_and_a_mapped_one_wins() -> None:
         ([{"role": "user"}], "missing_field: messages[0] has no 'content'; it has 'role'"),
         (
             [{"role": "user", "contents": "a"}],
-            "missing_field: messages[0] has no 'content'; it has 'role', 'contents'. Did you mean 'contents'?",
+            "missing_field: messages[0] has no 'content'; it has 'role', 'contents'. "
+            "Did you mean 'contents'?",
         ),
         ([{"role": "user", "content": None}], "null_field: messages[0].content is null; expected a value"),
         (
@@ -317,7 +325,8 @@ def test_columns_are_renamed_and_a_mapped_one_wins() -> None:
         ),
         (
             [USER, {**ANSWER, "weight": 1, "train": False}],
-            "bad_weight: messages[1] has train false and weight 1, which contradict each other; give one of them",
+            "bad_weight: messages[1] has train false and weight 1, which contradict each other; "
+            "give one of them",
         ),
         ([USER, {**ANSWER, "name": 3}], "not_a_string: messages[1].name is the number 3; expected a string"),
     ],
@@ -452,7 +461,8 @@ def test_a_bad_column_is_named(format: str, row: dict[str, Any], said: str) -> N
 )
 def test_the_format_is_told_by_the_columns(row: dict[str, Any], format: str) -> None:
     assert detect_format([row], "f") == format
-    assert detect_format([{"junk": 1}, row, row, {"text": "x"}, row], "f") == format
+    other = {"text": "x"} if format != "text" else {"messages": []}
+    assert detect_format([{"junk": 1}, other, row, row], "f") == format
 
 
 @pytest.mark.parametrize(

@@ -236,19 +236,28 @@ def test_a_json_list_that_was_cut_off_ends_in_a_bad_row(tmp_path: Path) -> None:
     assert [decode(row) for row in cut[:2]] == ROWS[:2]
     assert problem(cut[2])[0] == "not_json"
     assert "the file ends inside this row" in problem(cut[2])[1]
-    no_bracket = read(write(tmp_path / "b.json", whole[:-1]))
-    assert [decode(row) for row in no_bracket[:3]] == ROWS
-    assert "the file ends before its list does" in problem(no_bracket[3])[1]
+    with pytest.raises(DataError, match=r"b\.json:17: the file ends before its list does\."):
+        read(write(tmp_path / "b.json", whole[:-1]))
 
 
-def test_text_after_a_json_list_is_a_bad_row(tmp_path: Path) -> None:
-    rows = read(write(tmp_path / "a.json", '[{"a": 1}]\n\n{"a": 2}'))
-    assert decode(rows[0]) == {"a": 1}
-    assert problem(rows[1]) == (
-        "not_json",
-        "text follows the list, which ended in line 1; nothing after it was read",
-    )
-    assert places(rows) == ["a.json:1", "a.json:3"]
+@pytest.mark.parametrize("limit", [1 << 20, 30])
+def test_a_missing_quote_or_bracket_in_a_json_list_is_named_and_no_row_is_lost_in_silence(
+    tmp_path: Path, limit: int
+) -> None:
+    whole = json.dumps([{"a": "x"}] * 9, indent=1)
+    lines = whole.split("\n")
+    for broken in ('  "a": "x', '  "a": x"', '  "a: "x"'):
+        with pytest.raises(DataError, match=r"a\.json:8: a quote or bracket is missing in or after the row"):
+            read(write(tmp_path / "a.json", "\n".join([*lines[:8], broken, *lines[9:]])), limit)
+    missing = "in or after the row of line 2," if limit > 30 else "in a row before,"
+    with pytest.raises(
+        DataError, match=rf"a\.json:28: the file ends before its list .* is missing {missing}"
+    ):
+        read(write(tmp_path / "a.json", whole.replace(" },\n", "\n", 1)), limit)
+    with pytest.raises(
+        DataError, match=r"a\.json:5: text follows the list, which ended in line 4\. A bracket"
+    ):
+        read(write(tmp_path / "a.json", whole.replace("},", "}},", 1)))
 
 
 def test_elements_that_are_no_objects_or_too_large_are_bad_rows_each(tmp_path: Path) -> None:
@@ -309,20 +318,25 @@ def test_any_json_list_comes_back_whatever_its_white_space_and_the_chunks_it_is_
     assert places(got) == starts
 
 
-def test_a_big_json_file_is_read_in_bounded_memory(tmp_path: Path) -> None:
-    row = json.dumps({"text": 'a "quoted" [text] ' * 100, "n": [{"a": 1}] * 20}, indent=1)
-    with (tmp_path / "a.json").open("w") as file:
-        file.write("[" + row + ("," + row) * 999)
-        file.write(',"' + "y" * 30_000_000 + '"')  # one element over the limit: it must not be held either
-        file.write(("," + row) * 9_000 + "]")
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_big_file_is_read_in_bounded_memory(tmp_path: Path, name: str) -> None:
+    is_list = name == "a.json"
+    row = json.dumps(
+        {"text": 'a "quoted" [text] ' * 100, "n": [{"a": 1}] * 20}, indent=1 if is_list else None
+    )
+    comma = "," if is_list else "\n"
+    with (tmp_path / name).open("w") as file:
+        file.write(("[" if is_list else "") + row + (comma + row) * 999)
+        file.write(f'{comma}"{"y" * 30_000_000}"')  # one row over the limit: it must not be held either
+        file.write((comma + row) * 9_000 + ("]" if is_list else ""))
     tracemalloc.start()
     counts = [0, 0]
-    for got in iter_rows(SourceConfig(path=str(tmp_path / "a.json")), max_row_bytes=1 << 20):
+    for got in iter_rows(SourceConfig(path=str(tmp_path / name)), max_row_bytes=1 << 20):
         counts[isinstance(got.payload, BadRow)] += 1
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert counts == [10_000, 1]
-    assert (tmp_path / "a.json").stat().st_size > 50e6
+    assert (tmp_path / name).stat().st_size > 50e6
     # A chunk of 128 KiB, its copy without escapes, some arrays over its brackets, and a row of up to 1 MiB.
     assert peak < 8e6
 
@@ -393,12 +407,12 @@ def test_tables_give_rows_as_objects_at_their_index(tmp_path: Path, kind: str) -
 
 
 def test_a_table_row_over_the_limit_or_not_in_utf8_is_a_bad_row_alone(tmp_path: Path) -> None:
-    strings = pa.array([b"a", b"x" * 1000, b"\xff", b"b"], pa.binary()).view(pa.string())
-    pyarrow.parquet.write_table(pa.table({"text": strings}), tmp_path / "a.parquet")
-    rows = read(tmp_path / "a.parquet", limit=500)
-    assert (rows[0].payload, rows[3].payload) == ({"text": "a"}, {"text": "b"})
-    assert problem(rows[1])[0] == "too_large"
-    assert problem(rows[2])[0] == "wrong_encoding"
+    for name, odd, reason in (("a", b"x" * 1000, "too_large"), ("b", b"\xff", "wrong_encoding")):
+        strings = pa.array([b"a", odd, b"b"], pa.binary()).view(pa.string())
+        pyarrow.parquet.write_table(pa.table({"text": strings}), tmp_path / f"{name}.parquet")
+        rows = read(tmp_path / f"{name}.parquet", limit=500)
+        assert (rows[0].payload, rows[2].payload) == ({"text": "a"}, {"text": "b"})
+        assert problem(rows[1])[0] == reason
 
 
 # --- decode

@@ -184,8 +184,8 @@ def _nothing_to_evaluate(config: Config) -> list[Contradiction]:
     return [
         Contradiction(
             (f"eval.{key}", "data.valid"),
-            f"eval.{key} is {show(getattr(config.eval, key))}, but there is nothing to evaluate on. Set data.valid to "
-            "a file, or to a fraction such as 0.05",
+            f"eval.{key} is {show(getattr(config.eval, key))}, but there is nothing to evaluate on. "
+            "Set data.valid to a file, or to a fraction such as 0.05",
         )
         for key in _changed(config.eval)
         if key in _EVAL_KEYS
@@ -198,8 +198,8 @@ def _nothing_to_adapt(config: Config) -> list[Contradiction]:
     return [
         Contradiction(
             (f"adapter.{key}", "adapter.method"),
-            f"adapter.{key} is {show(getattr(config.adapter, key))}, but adapter.method is none, so it would do "
-            "nothing. Remove it, or set adapter.method to lora",
+            f"adapter.{key} is {show(getattr(config.adapter, key))}, but adapter.method is none, so it "
+            "would do nothing. Remove it, or set adapter.method to lora",
         )
         for key in _changed(config.adapter)
         if key != "method"

@@ -77,7 +77,7 @@ def _read_file(path: Path) -> Document:
     except ValueError as error:  # a NUL in the name
         raise ConfigError(f"{str(path)!r}: cannot be read: {error}.") from error
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8 text. Save the file as UTF-8.") from error

@@ -51,7 +51,7 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # PyYAML folds U+0085 and U+2028 like line ends and reads back another text; in double quotes it escapes them.
+    # PyYAML folds U+0085 and U+2028 like line ends and reads back another text; double quotes escape them.
     is_plain = text.replace("\n", "").isprintable()
     return dumper.represent_scalar(f"{_TAG}str", text, style=None if is_plain else '"')
 

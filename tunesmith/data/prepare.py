@@ -45,6 +45,22 @@ class PreparedRow:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """How one text became tokens, before `too_long` is applied, for those who want to look at it.
+
+    text: as rendered, control strings in messages as their author wrote them. offsets [T, 2] int32: the characters
+    of `text` each token of `example` came from; empty for a BOS or EOS put around raw text. served_ids: what
+    `apply_chat_template` gives, None for raw text. has_control_text: a message spells a control token, so that the
+    two differ on purpose."""
+
+    text: str
+    example: Example
+    offsets: NDArray[np.int32]
+    served_ids: list[int] | None
+    has_control_text: bool
+
+
 class Preparer:
     """Turns raw rows into examples with one tokenizer and one set of options."""
 
@@ -74,6 +90,25 @@ class Preparer:
         for i, record, examples in self._encode(pending, [row.place for row in rows], audit):
             outcomes[i] = self._fit(rows[i].place, examples, notes[i], is_chat=record.is_chat)
         return [outcome for outcome in outcomes if outcome is not None]
+
+    def trace(self, row: RawRow) -> list[Trace]:
+        """The texts of one row, in the order `prepare` makes examples of them; nothing is audited, cut or dropped.
+
+        Raises BadRow and TemplateError as rendering does."""
+        record, _ = read_record(decode(row), self.options.format, self.options.columns)
+        record, texts, shielded = self._render(record)
+        traces = []
+        for item in texts:
+            ((ids, offsets),) = self.encoder.encode([item.text], shielded=shielded, all_plain=not record.is_chat)
+            example = self._example(record, item, ids, offsets)
+            text = self.encoder.unshield(item.text) if shielded else item.text
+            if not record.is_chat:
+                before = np.zeros((len(self._text_prefix), 2), dtype=np.int32)
+                after = np.full((len(example.input_ids) - len(before) - len(ids), 2), len(text), dtype=np.int32)
+                offsets = np.concatenate([before, offsets, after])
+            served = self._served_ids(record, item) if record.is_chat else None
+            traces.append(Trace(text, example, offsets, served, shielded))
+        return traces
 
     # --- rendering
 
@@ -174,16 +209,21 @@ class Preparer:
                 )
 
     def _check_parity(self, place: str, record: Record, item: Rendered, ids: NDArray[np.int32]) -> None:
-        served = self.tokenizer.apply_chat_template(
-            list(record.messages[: item.num_messages]), tools=list(record.tools) or None, tokenize=True, return_dict=True
-        )["input_ids"]
-        if list(served) != ids.tolist():
+        served = self._served_ids(record, item)
+        if served != ids.tolist():
             at = next((k for k, (a, b) in enumerate(zip(served, ids, strict=False)) if a != b), min(len(served), len(ids)))
             raise TemplateError(
                 f"{place}: token {at} differs from apply_chat_template's "
                 f"({self.tokenizer.decode(served[at : at + 3])!r} there, {self.tokenizer.decode(ids[at : at + 3])!r} here). "
                 "Please report this template."
             )
+
+    def _served_ids(self, record: Record, item: Rendered) -> list[int]:
+        """What whoever serves the model gets for the same messages."""
+        served = self.tokenizer.apply_chat_template(
+            list(record.messages[: item.num_messages]), tools=list(record.tools) or None, tokenize=True, return_dict=True
+        )
+        return list(served["input_ids"])
 
     # --- length
 

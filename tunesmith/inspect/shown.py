@@ -1,0 +1,267 @@
+"""What `tunesmith preview` shows: rows as training sees them, with the text and the state of every token.
+
+    rows of data.train --Preparer, as training--> ShownRow
+
+Only the rows shown are tokenised. What a row becomes is decided by `Preparer.prepare`; `Preparer.trace` adds what
+training throws away: the text, and where each token stands in it.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any, Literal
+
+import numpy as np
+
+from tunesmith.config import Config
+from tunesmith.data.loading import _open_source
+from tunesmith.data.prepare import PreparedRow, Preparer, Trace
+from tunesmith.data.records import BadRow, Example, RawRow
+from tunesmith.data.report import SourceReport
+from tunesmith.errors import TemplateError
+
+State = Literal["trained", "context", "cut"]
+Glyphs = list[tuple[str, bool]]  # what to draw, and whether it stands for something that cannot be drawn
+
+
+@dataclass(frozen=True)
+class ShownText:
+    """One text of a row. Lists have an item for each token, those cut off among them: the first `num_kept` are
+    trained on, and `text` is what those spell. `pieces` are what the tokens spell one by one; a byte that is no
+    whole character is a surrogate U+DC80..U+DCFF. `parity` tells how the ids compare with apply_chat_template's."""
+
+    ids: list[int]
+    weights: list[float]
+    pieces: list[str]
+    num_kept: int
+    text: str
+    whole_text: str
+    verdict: str
+    parity: str
+
+    def state(self, i: int) -> State:
+        """What becomes of token i."""
+        if i >= self.num_kept:
+            return "cut"
+        return "trained" if self.weights[i] else "context"
+
+    @property
+    def num_targets(self) -> int:
+        return sum(weight > 0 for weight in self.weights[: self.num_kept])
+
+    @property
+    def size(self) -> str:
+        """`143 tokens, 37 trained (25.9 %)`; nothing where no token is kept."""
+        if not self.num_kept:
+            return ""
+        share = 100 * self.num_targets / self.num_kept
+        return f"{self.num_kept:,} tokens, {self.num_targets:,} trained ({share:.1f} %)"
+
+    def runs(self) -> Iterator[tuple[int, int, State, float]]:
+        """Longest ranges of tokens [start, end) with one state and, where they are trained, one weight."""
+        kinds = [(self.state(i), self.weights[i] if i < self.num_kept else 0.0) for i in range(len(self.ids))]
+        start = 0
+        for (state, weight), group in groupby(kinds):
+            end = start + len(list(group))
+            yield start, end, state, weight
+            start = end
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row and its texts; `problem` says why none of it is trained on."""
+
+    place: str
+    format: str
+    problem: str
+    notes: tuple[str, ...]
+    texts: list[ShownText]
+
+
+def show_rows(
+    config: Config, tokenizer: Any, limit: int, say: Callable[[str], None]
+) -> tuple[list[ShownRow], SourceReport]:
+    """The first `limit` rows of data.train in order, and the account that training would give of them.
+
+    A bad row is shown as one. Raises DataError where a source cannot be read, TemplateError where there is no
+    template for conversations."""
+    report = SourceReport("", "")
+    rows = islice(_rows(config, tokenizer, say), limit)
+    return [_show_row(row, preparer, config, report) for row, preparer in rows], report
+
+
+def _rows(config: Config, tokenizer: Any, say: Callable[[str], None]) -> Iterator[tuple[RawRow, Preparer]]:
+    for source in config.data.train:
+        rows, options, _ = _open_source(source, config, say)
+        preparer = Preparer(tokenizer, options)
+        for row in rows():
+            yield row, preparer
+
+
+def _show_row(row: RawRow, preparer: Preparer, config: Config, report: SourceReport) -> ShownRow:
+    consequence = "stops the run"
+    try:
+        (outcome,) = preparer.prepare([row])
+        if config.data.on_bad_row == "skip":
+            consequence = "left out, data.on_bad_row=skip"
+    except TemplateError as error:
+        if not preparer.tokenizer.chat_template:
+            raise  # no row can do without
+        outcome = PreparedRow(
+            row.place, problem=BadRow("template", str(error).removeprefix(f"{row.place}: "))
+        )
+    report.add(outcome)
+    try:
+        traces = preparer.trace(row)
+    except BadRow:
+        traces = []  # the outcome tells the same
+    problem = f"bad row ({consequence}): {outcome.problem}" if outcome.problem else ""
+    kept = list(outcome.examples)
+    texts = [_show_text(trace, _take_kept(kept, trace.example), preparer, bool(problem)) for trace in traces]
+    assert not kept, "prepare and trace disagree"
+    return ShownRow(row.place, preparer.options.format, problem, tuple(sorted(set(outcome.notes))), texts)
+
+
+def _take_kept(kept: list[Example], whole: Example) -> Example | None:
+    """The next kept example if it is the beginning of `whole`; None if `whole` was dropped."""
+    if not kept or len(kept[0].input_ids) + kept[0].num_cut_tokens != len(whole.input_ids):
+        return None
+    if not np.array_equal(kept[0].input_ids, whole.input_ids[: len(kept[0].input_ids)]):
+        return None
+    return kept.pop(0)
+
+
+def _show_text(trace: Trace, kept: Example | None, preparer: Preparer, is_bad: bool) -> ShownText:
+    whole = trace.example
+    weights = [float(str(weight)) for weight in whole.token_weights()]  # 0.1, not float32's 0.10000000149
+    num_kept = 0 if kept is None else len(kept.input_ids)
+    limit = preparer.options.max_length
+    verdict = ""
+    if kept is None and not is_bad:
+        targets = f"{whole.num_targets:,} of them targets"
+        why = "dropped" if preparer.options.too_long == "drop" else "dropped, no target would be left"
+        verdict = f"{why}: {len(weights):,} tokens, {targets}; data.max_length={limit}"
+    elif kept is not None and kept.num_cut_tokens:
+        verdict = (
+            f"cut at data.max_length={limit}: {kept.num_cut_tokens:,} of {len(weights):,} tokens go, "
+            f"{kept.num_cut_targets:,} of them targets"
+        )
+    spelled = _spelled(trace, preparer.tokenizer)
+    return ShownText(
+        ids=whole.input_ids.tolist(),
+        weights=weights,
+        pieces=_pieces(trace, preparer.tokenizer),
+        num_kept=num_kept,
+        text="".join(spelled[:num_kept]),
+        whole_text="".join(spelled),
+        verdict=verdict,
+        parity=_parity(trace, preparer.tokenizer),
+    )
+
+
+def _parity(trace: Trace, tokenizer: Any) -> str:
+    ids, served = trace.example.input_ids.tolist(), trace.served_ids
+    if served is None:
+        return "raw text: no template"
+    if ids == served:
+        return "ids equal apply_chat_template"
+    at = next(
+        (i for i, (a, b) in enumerate(zip(ids, served, strict=False)) if a != b), min(len(ids), len(served))
+    )
+    theirs, ours = tokenizer.decode(served[at : at + 3]), tokenizer.decode(ids[at : at + 3])
+    where = f"from token {at} on ({theirs!a} there, {ours!a} here)"
+    if trace.has_control_text:
+        return (
+            "a message spells a control token; it is encoded as plain text, so the ids differ from "
+            f"apply_chat_template on purpose, {where}"
+        )
+    return f"ids differ from apply_chat_template {where}; please report this template"
+
+
+# --- tokens as text
+
+
+def _spelled(trace: Trace, tokenizer: Any) -> list[str]:
+    """Each token's share of the text; together they are the whole text, with the BOS and EOS around raw text."""
+    pieces, done = [], 0
+    for id_, (start, end) in zip(trace.example.input_ids.tolist(), trace.offsets.tolist(), strict=True):
+        pieces.append(trace.text[done:end] if start < end else tokenizer.convert_ids_to_tokens(id_))
+        done = max(done, end) if start < end else done
+    last = max((i for i, (start, end) in enumerate(trace.offsets.tolist()) if start < end), default=None)
+    if last is not None:
+        pieces[last] += trace.text[done:]  # spaces that no token stands for
+    return pieces
+
+
+def _pieces(trace: Trace, tokenizer: Any) -> list[str]:
+    """What to draw for each token: its share of the text, or its bytes where several share a character."""
+    offsets = trace.offsets.tolist()
+    pieces = _spelled(trace, tokenizer)
+    for i, (start, end) in enumerate(offsets):
+        shares_first = i > 0 and start < offsets[i - 1][1]
+        shares_last = i + 1 < len(offsets) and offsets[i + 1][0] < end
+        if start < end and (shares_first or shares_last):
+            pieces[i] = _bytes_as_text(tokenizer.convert_ids_to_tokens(int(trace.example.input_ids[i])))
+    return pieces
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The printable character that GPT-2's byte-level BPE writes for each byte, and the byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def _bytes_as_text(name: str) -> str:
+    """The bytes a token stands for, those that are no whole character as surrogates U+DC80..U+DCFF."""
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):  # SentencePiece's byte fallback
+        content = bytes([int(name[3:5], 16)])
+    elif all(char in _BYTES for char in name):
+        content = bytes(_BYTES[char] for char in name)
+    else:
+        return name
+    return content.decode("utf-8", "surrogateescape")
+
+
+def join_pieces(pieces: Iterable[str]) -> str:
+    """Pieces as one text, in which bytes that together are a character have become it."""
+    return "".join(pieces).encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+
+
+def visible(text: str) -> Glyphs:
+    """Text such that nothing in it hides, moves the cursor or turns the writing around.
+
+    A line break is its sign and then the break itself; other controls are signs of Unicode's control pictures,
+    bytes that are no character are <F0>, and invisible characters are <U+200B>."""
+    glyphs: Glyphs = []
+    for char in text:
+        sign = _sign(char)
+        if glyphs and not sign and not glyphs[-1][1]:
+            glyphs[-1] = (glyphs[-1][0] + char, False)
+        else:
+            glyphs.append((sign or char, bool(sign)))
+        if char == "\n":
+            glyphs.append((char, False))
+    return glyphs
+
+
+def _sign(char: str) -> str:
+    """What is drawn for a character that cannot be seen, or nothing."""
+    code = ord(char)
+    if char == "\n":
+        return "\u21b5"
+    if char == "\t":
+        return "\u2192"
+    if code < 0x20:
+        return chr(0x2400 + code)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"<{code - 0xDC00:02X}>"
+    if char != " " and unicodedata.category(char) in ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs"):
+        return f"<U+{code:04X}>"
+    return ""
