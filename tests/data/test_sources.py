@@ -236,6 +236,8 @@ def test_a_json_list_that_was_cut_off_ends_in_a_bad_row(tmp_path: Path) -> None:
     assert [decode(row) for row in cut[:2]] == ROWS[:2]
     assert problem(cut[2])[0] == "not_json"
     assert "the file ends inside this row" in problem(cut[2])[1]
+    objects = read(write(tmp_path / "c.json", "\n".join(json.dumps(row, indent=1) for row in ROWS)[:-20]))
+    assert "the file ends inside this row" in problem(objects[2])[1]
     with pytest.raises(DataError, match=r"b\.json:17: the file ends before its list does\."):
         read(write(tmp_path / "b.json", whole[:-1]))
 
@@ -251,11 +253,11 @@ def test_a_missing_quote_or_bracket_in_a_json_list_is_named_and_no_row_is_lost_i
             read(write(tmp_path / "a.json", "\n".join([*lines[:8], broken, *lines[9:]])), limit)
     missing = "in or after the row of line 2," if limit > 30 else "in a row before,"
     with pytest.raises(
-        DataError, match=rf"a\.json:28: the file ends before its list .* is missing {missing}"
+        DataError, match=rf"a\.json:29: the file ends before its list .* is missing {missing}"
     ):
         read(write(tmp_path / "a.json", whole.replace(" },\n", "\n", 1)), limit)
     with pytest.raises(
-        DataError, match=r"a\.json:5: text follows the list, which ended in line 4\. A bracket"
+        DataError, match=r"a\.json:4: text follows the list, which ended in line 4\. A bracket"
     ):
         read(write(tmp_path / "a.json", whole.replace("},", "}},", 1)))
 
