@@ -1,4 +1,5 @@
-"""Tiny random models of several families with a tokenizer, and conversations for them: whole runs in a second."""
+"""Tiny random models of several families with a tokenizer, and conversations for them: whole runs in a
+second."""
 
 from __future__ import annotations
 
@@ -14,7 +15,23 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from tunesmith.data.templates import CHATML
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2")
-_WORDS = "alpha beta gamma delta one two three four red green blue sun moon star tree".split()
+_WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "one",
+    "two",
+    "three",
+    "four",
+    "red",
+    "green",
+    "blue",
+    "sun",
+    "moon",
+    "star",
+    "tree",
+]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -25,7 +42,10 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
         unk_token="<|endoftext|>",
     )
     tokenizer.chat_template = CHATML
@@ -36,9 +56,19 @@ def make_tiny_model(folder: Path, family: str = "llama") -> Path:
     """A two-layer model of 64 hidden units with random weights, saved with its tokenizer."""
     tokenizer = tiny_tokenizer()
     config = CONFIG_MAPPING[family](
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-        tie_word_embeddings=family != "mistral", sliding_window=None if family == "mistral" else 256,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        tie_word_embeddings=family != "mistral",
+        sliding_window=None if family == "mistral" else 256,
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

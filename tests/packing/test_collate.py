@@ -24,7 +24,8 @@ def test_two_documents_lie_end_to_end_with_positions_that_restart():
 
 
 def test_labels_of_a_packed_document_never_predict_the_next_documents_first_token():
-    # Both documents are targets from their first token on; a first token has nothing before it in its document.
+    # Both documents are targets from their first token on; a first token has nothing before it in its
+    # document.
     pack = pack_flat([example([10, 11], [[0, 2]], [1.0]), example([20, 21], [[0, 2]], [1.0])])
     assert pack["targets"].tolist() == [11, 21]
     assert pack["positions"].tolist() == [0, 2]

@@ -39,8 +39,12 @@ lengths_strategy = st.lists(st.integers(1, 64), min_size=1, max_size=60)
 
 @given(lengths_strategy, st.integers(1, 9), st.integers(64, 200), st.sampled_from([1, 2, 3]), st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_every_row_is_in_an_epoch_once_and_no_pass_is_over_its_limit(lengths, batch_size, limit, ranks, alone):
-    plan = plan_of(lengths, batch_size=batch_size, micro_batch_tokens=limit, num_ranks=ranks, one_example_a_pass=alone)
+def test_every_row_is_in_an_epoch_once_and_no_pass_is_over_its_limit(
+    lengths, batch_size, limit, ranks, alone
+):
+    plan = plan_of(
+        lengths, batch_size=batch_size, micro_batch_tokens=limit, num_ranks=ranks, one_example_a_pass=alone
+    )
     assert plan.steps_per_epoch == math.ceil(len(lengths) / batch_size)
     for epoch in range(2):
         seen = [example for step in examples_of_steps(plan, epoch) for example in step]

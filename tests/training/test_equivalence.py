@@ -1,7 +1,7 @@
 """What a run computes, against a plain loop of transformers and PEFT that is fed the same rows.
 
-The loop pads, masks by attention and normalises by hand; it shares nothing with tunesmith but the order of rows.
-Tolerance: float32 sums in another order, over a few optimiser steps.
+The loop pads, masks by attention and normalises by hand; it shares nothing with tunesmith but the order of
+rows. Tolerance: float32 sums in another order, over a few optimiser steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from tunesmith.training.run_folder import read_metrics
 
 
 def ids_and_labels(tokenizer, messages):
-    """ChatML by hand: after each `assistant` heading everything up to and with the newline behind <|im_end|>."""
+    """ChatML by hand: after each `assistant` heading everything up to and with the newline behind
+    <|im_end|>."""
     ids, labels = [], []
     for message in messages:
         head = tokenizer(f"<|im_start|>{message['role']}\n", add_special_tokens=False)["input_ids"]
@@ -32,7 +33,9 @@ def ids_and_labels(tokenizer, messages):
     return ids, labels
 
 
-def plain_loop(config: dict, *, steps: int, method: str = "lora", system: str | None = None) -> tuple[list[float], torch.nn.Module]:
+def plain_loop(
+    config: dict, *, steps: int, method: str = "lora", system: str | None = None
+) -> tuple[list[float], torch.nn.Module]:
     """Loss of each step, and the model after them."""
     tokenizer = AutoTokenizer.from_pretrained(config["model"]["path"])
     rows = [json.loads(line)["messages"] for line in Path(config["data"]["train"]).read_text().splitlines()]
@@ -44,12 +47,21 @@ def plain_loop(config: dict, *, steps: int, method: str = "lora", system: str | 
     if method == "lora":
         a = config["adapter"]
         model = get_peft_model(
-            model, LoraConfig(task_type="CAUSAL_LM", r=a["r"], lora_alpha=a["alpha"], lora_dropout=0.0, target_modules="all-linear")
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=a["r"],
+                lora_alpha=a["alpha"],
+                lora_dropout=0.0,
+                target_modules="all-linear",
+            ),
         )
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config["train"]["learning_rate"], weight_decay=0.0)
-    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=round(0.03 * steps), num_training_steps=steps)
+    scheduler = get_scheduler(
+        "cosine", optimizer, num_warmup_steps=round(0.03 * steps), num_training_steps=steps
+    )
     losses, epoch, order = [], 0, []
     while len(losses) < steps:
         if not order:
@@ -93,7 +105,8 @@ def test_lora_losses_and_weights_follow_a_plain_loop(run_config, family, packing
     expected, model = plain_loop(config, steps=5)
     result = tunesmith.sft(config)
     assert losses_of(result) == pytest.approx(expected, rel=1e-4)
-    # AdamW divides by the root of tiny second moments, which lets rounding grow; still far below one step's change.
+    # AdamW divides by the root of tiny second moments, which lets rounding grow; still far below one step's
+    # change.
     same_weights(model, result.final, rtol=5e-2)
 
 
@@ -116,13 +129,21 @@ def test_the_size_of_passes_changes_neither_loss_nor_gradient(run_config, tmp_pa
     """1 x 8 rows = 8 x 1 row: the step is normalised by its own targets, however it is split."""
     lines = []
     for i, settings in enumerate(({"micro_batch_tokens": 4096}, {"micro_batch_tokens": 256})):
-        config = run_config(train={"batch_size": 8, "max_steps": 3, "epochs": None, **settings}, run={"name": f"r{i}"})
+        config = run_config(
+            train={"batch_size": 8, "max_steps": 3, "epochs": None, **settings}, run={"name": f"r{i}"}
+        )
         lines.append(read_metrics(tunesmith.sft(config).run / "metrics.jsonl"))
-    config = run_config(train={"batch_size": 8, "max_steps": 3, "epochs": None}, run={"name": "alone"}, data={"packing": "none"})
+    config = run_config(
+        train={"batch_size": 8, "max_steps": 3, "epochs": None},
+        run={"name": "alone"},
+        data={"packing": "none"},
+    )
     lines.append(read_metrics(tunesmith.sft(config).run / "metrics.jsonl"))
     for other in lines[1:]:
         for key in ("loss", "grad_norm"):
-            assert [line[key] for line in other] == pytest.approx([line[key] for line in lines[0]], rel=1e-5), key
+            assert [line[key] for line in other] == pytest.approx(
+                [line[key] for line in lines[0]], rel=1e-5
+            ), key
     # The three runs really were split differently.
     assert [line["rows"] for line in lines[0]] == [8, 8, 4]
 
@@ -169,8 +190,15 @@ def test_a_message_weight_scales_its_share_of_the_loss(run_config, tmp_path):
     ids, labels = ids_and_labels(tokenizer, row["messages"])
     first_end = labels.index(-100, next(i for i, label in enumerate(labels) if label != -100))
     with torch.no_grad():
-        nll = F.cross_entropy(model(torch.tensor([ids])).logits[0, :-1], torch.tensor(labels[1:]), ignore_index=-100, reduction="none")
-    weights = torch.tensor([0.25 if i < first_end else 1.0 for i in range(1, len(ids))]) * torch.tensor([float(l != -100) for l in labels[1:]])
+        nll = F.cross_entropy(
+            model(torch.tensor([ids])).logits[0, :-1],
+            torch.tensor(labels[1:]),
+            ignore_index=-100,
+            reduction="none",
+        )
+    weights = torch.tensor([0.25 if i < first_end else 1.0 for i in range(1, len(ids))]) * torch.tensor(
+        [float(label != -100) for label in labels[1:]]
+    )
     assert loss == pytest.approx(float((nll * weights).sum() / weights.sum()), rel=1e-5)
 
 

@@ -32,7 +32,10 @@ def finish_run(session: Session) -> dict[str, Any]:
     if "after" in given:
         print_answers(console, session.asked, given["before"], given["after"])
     kind = "model" if session.config.adapter.method == "none" else "adapter"
-    session.progress.say(f"\n{kind}: {run.final}" + (f"   best (step {summary['best_step']}): {run.best}" if run.best.is_dir() else ""))
+    session.progress.say(
+        f"\n{kind}: {run.final}"
+        + (f"   best (step {summary['best_step']}): {run.best}" if run.best.is_dir() else "")
+    )
     session.progress.say(f"chat with it: tunesmith chat {run.path}")
     return summary
 
@@ -80,9 +83,20 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         ("eval loss before -> after", _change(summary["eval_loss_before"], summary["eval_loss"])),
         ("exact match before -> after", _percentages(summary)),
         ("training time", f"{summary['train_s']:.0f} s"),
-        ("tokens/s (targets/s)", f"{_number(summary['tokens_per_s'])} ({_number(summary['target_tokens_per_s'])})"),
-        ("matmul use (MFU)", "-" if summary["mfu"] is None else f"{100 * summary['mfu']:.0f} % of what this machine multiplies"),
-        ("peak memory", "-" if summary["peak_memory_gib"] is None else f"{summary['peak_memory_gib']:.1f} GiB"),
+        (
+            "tokens/s (targets/s)",
+            f"{_number(summary['tokens_per_s'])} ({_number(summary['target_tokens_per_s'])})",
+        ),
+        (
+            "matmul use (MFU)",
+            "-"
+            if summary["mfu"] is None
+            else f"{100 * summary['mfu']:.0f} % of what this machine multiplies",
+        ),
+        (
+            "peak memory",
+            "-" if summary["peak_memory_gib"] is None else f"{summary['peak_memory_gib']:.1f} GiB",
+        ),
     ):
         if text:
             table.add_row(name, text)
@@ -94,11 +108,20 @@ def print_answers(
     console: Console, asked: Sequence[Question], before: Sequence[str], after: Sequence[str], number: int = 3
 ) -> None:
     """The first rows' answers before and after, beside what the row has."""
-    table = Table(show_lines=True, title=f"{min(number, len(asked))} held-out rows, before and after", title_justify="left")
+    table = Table(
+        show_lines=True,
+        title=f"{min(number, len(asked))} held-out rows, before and after",
+        title_justify="left",
+    )
     for heading in ("asked", "expected", "before", "after"):
         table.add_column(heading, overflow="fold", ratio=1)
     for question, first, last in list(zip(asked, before, after, strict=True))[:number]:
-        table.add_row(*(escape(text if len(text) <= 300 else text[:297] + "...") for text in (question.asked, question.expected, first, last)))
+        table.add_row(
+            *(
+                escape(text if len(text) <= 300 else text[:297] + "...")
+                for text in (question.asked, question.expected, first, last)
+            )
+        )
     console.print(table, highlight=False)
 
 
@@ -115,4 +138,5 @@ def _change(before: float | None, after: float | None) -> str:
 def _percentages(summary: dict[str, Any]) -> str:
     if "exact_match_after" not in summary:
         return ""
-    return f"{100 * summary['exact_match_before']:.0f} % -> {100 * summary['exact_match_after']:.0f} % of {summary['answered_rows']} held-out rows"
+    before, after = (100 * summary[f"exact_match_{when}"] for when in ("before", "after"))
+    return f"{before:.0f} % -> {after:.0f} % of {summary['answered_rows']} held-out rows"

@@ -2,9 +2,9 @@
 
     raw rows --chunks--> worker processes --Arrow batches + counts--> one file --rename--> cache/KEY/
 
-KEY covers everything that decides the result: content of the files, tokenizer, template, options and the code of
-this room. A folder is complete or absent: it is written under a temporary name and renamed. A lock lets one process
-work while the others wait.
+KEY covers everything that decides the result: content of the files, tokenizer, template, options and the code
+of this room. A folder is complete or absent: it is written under a temporary name and renamed. A lock lets
+one process work while the others wait.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.prepare import Preparer, PrepareOptions
+from tunesmith.data.prepare import PrepareOptions, Preparer
 from tunesmith.data.records import BadRow, Example, RawRow
 from tunesmith.data.report import SourceReport
 
@@ -83,7 +83,8 @@ def open_or_prepare(
 ) -> Prepared:
     """What lies in `folder`, prepared now if it is not there yet.
 
-    Raises DataError for bad rows when `refuse_bad_rows`, and what Preparer raises; nothing is left behind then."""
+    Raises DataError for bad rows when `refuse_bad_rows`, and what Preparer raises; nothing is left behind
+    then."""
     from datasets import Dataset
     from filelock import FileLock
 
@@ -94,7 +95,9 @@ def open_or_prepare(
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir()
             try:
-                _write(building / "examples.arrow", rows(), preparer, report, workers=workers, progress=progress)
+                _write(
+                    building / "examples.arrow", rows(), preparer, report, workers=workers, progress=progress
+                )
                 if refuse_bad_rows:
                     report.refuse_bad_rows()
                 (building / "report.json").write_text(json.dumps(report.as_dict()), encoding="utf-8")
@@ -102,7 +105,9 @@ def open_or_prepare(
             finally:
                 shutil.rmtree(building, ignore_errors=True)
     dataset = Dataset.from_file(str(folder / "examples.arrow"))
-    return Prepared(dataset, SourceReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8"))))
+    return Prepared(
+        dataset, SourceReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+    )
 
 
 def _schema() -> Any:
@@ -230,7 +235,8 @@ def read_example(row: dict[str, Any]) -> Example:
 
 
 def write_raw(folder: Path, rows: Callable[[], Iterator[RawRow]]) -> Any:
-    """The undecoded rows as a memory-mapped data set, for `loading: lazy`: random access without tokenising."""
+    """The undecoded rows as a memory-mapped data set, for `loading: lazy`: random access without
+    tokenising."""
     import pyarrow as pa
     from datasets import Dataset
     from filelock import FileLock
@@ -242,17 +248,24 @@ def write_raw(folder: Path, rows: Callable[[], Iterator[RawRow]]) -> Any:
             building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir()
-            with pa.OSFile(str(building / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+            with (
+                pa.OSFile(str(building / "rows.arrow"), "wb") as sink,
+                pa.ipc.new_stream(sink, schema) as stream,
+            ):
                 for _, chunk in _chunks(rows()):
                     packed = [pack_raw(row) for row in chunk]
-                    arrays = [pa.array(list(column), type=field.type) for column, field in zip(zip(*packed, strict=True), schema, strict=True)]
+                    arrays = [
+                        pa.array(list(column), type=field.type)
+                        for column, field in zip(zip(*packed, strict=True), schema, strict=True)
+                    ]
                     stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
             building.rename(folder)
     return Dataset.from_file(str(folder / "rows.arrow"))
 
 
 def pack_raw(row: RawRow) -> tuple[str, bytes, str | None]:
-    """A raw row as plain columns: place, JSON bytes, and the problem a reader met (reason and detail as JSON)."""
+    """A raw row as plain columns: place, JSON bytes, and the problem a reader met (reason and detail as
+    JSON)."""
     if isinstance(row.payload, BadRow):
         return row.place, b"", json.dumps([row.payload.reason, row.payload.detail])
     if isinstance(row.payload, bytes):

@@ -1,8 +1,8 @@
 """From a config to rows ready for training: cached, lazy or streaming, with an account of every row.
 
-All three give the same thing, an indexable of `PreparedRow`; they differ in when a row is tokenised and in what is
-known beforehand. Cached rows have lengths, so passes can be filled to the brim; for the others `data.max_length`
-stands for each row's length.
+All three give the same thing, an indexable of `PreparedRow`; they differ in when a row is tokenised and in
+what is known beforehand. Cached rows have lengths, so passes can be filled to the brim; for the others
+`data.max_length` stands for each row's length.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.config import Config, SourceConfig
+from tunesmith.config.schema import Format
 from tunesmith.data import cache
 from tunesmith.data.formats import detect_format
 from tunesmith.data.prepare import PreparedRow, PrepareOptions, Preparer
@@ -34,7 +35,8 @@ Say = Callable[[str], None]
 
 
 class Rows(Protocol):
-    """Training or validation rows. Item i is example i of the plan's `lengths`, or row i where those are unknown."""
+    """Training or validation rows. Item i is example i of the plan's `lengths`, or row i where those are
+    unknown."""
 
     def __len__(self) -> int: ...
 
@@ -61,8 +63,8 @@ class RowSet:
 
 @dataclass
 class Data:
-    """What a recipe trains and evaluates on. `overlap` counts validation examples that stand in the training set
-    too, token for token (None where loading does not know)."""
+    """What a recipe trains and evaluates on. `overlap` counts validation examples that stand in the training
+    set too, token for token (None where loading does not know)."""
 
     train: RowSet
     valid: RowSet | None
@@ -110,14 +112,17 @@ def load_data(config: Config, tokenizer: Any, say: Say = lambda _: None) -> Data
 
 def _account(reports: list[SourceReport]) -> str:
     return "; ".join(
-        f"{r.path}: {r.rows_read} rows read, {r.rows_bad} bad, {r.rows_too_long} over data.max_length" for r in reports
+        f"{r.path}: {r.rows_read} rows read, {r.rows_bad} bad, {r.rows_too_long} over data.max_length"
+        for r in reports
     )
 
 
 # --- one source
 
 
-def _open_source(source: SourceConfig, config: Config, say: Say) -> tuple[Callable[[], Iterator[RawRow]], PrepareOptions, SourceReport]:
+def _open_source(
+    source: SourceConfig, config: Config, say: Say
+) -> tuple[Callable[[], Iterator[RawRow]], PrepareOptions, SourceReport]:
     """Its rows (to iterate as often as wanted), how to prepare them, and an empty report."""
     columns = source.columns or config.data.columns
     limit = config.data.max_row_bytes
@@ -140,7 +145,7 @@ def _open_source(source: SourceConfig, config: Config, say: Say) -> tuple[Callab
     return rows, options, SourceReport(source.path, name)
 
 
-def _detect(rows: Callable[[], Iterator[RawRow]], path: str, columns: dict[str, str]) -> str:
+def _detect(rows: Callable[[], Iterator[RawRow]], path: str, columns: dict[str, str]) -> Format:
     sample, problems = [], []
     for row in islice(rows(), _SAMPLE_ROWS):
         try:
@@ -152,7 +157,7 @@ def _detect(rows: Callable[[], Iterator[RawRow]], path: str, columns: dict[str, 
     if not sample:
         found = "\n".join(problems[:20]) if problems else f"{path}: there is no row in it."
         raise DataError(found)
-    return str(detect_format(sample, path))
+    return detect_format(sample, path)
 
 
 def _source_fingerprint(source: SourceConfig) -> str | None:
@@ -236,7 +241,9 @@ def _load_cached(sources: list[SourceConfig], config: Config, tokenizer: Any, sa
         datasets.append(prepared.dataset)
         reports.append(prepared.report)
         row_of = CachedRows(prepared.dataset).column("row")
-        ends = np.flatnonzero(np.append(np.diff(row_of), 1)) + 1 if len(row_of) else np.empty(0, dtype=np.int64)
+        ends = (
+            np.flatnonzero(np.append(np.diff(row_of), 1)) + 1 if len(row_of) else np.empty(0, dtype=np.int64)
+        )
         starts.append(num_examples + ends)
         bounds.append((num_rows, num_rows + len(ends), source.weight))
         num_rows += len(ends)
@@ -274,7 +281,14 @@ def _take(rows: RowSet, chosen: NDArray[np.bool_]) -> RowSet:
 class LazyRows:
     """Raw rows on disk, tokenised when fetched; item i is one row."""
 
-    def __init__(self, datasets: list[Any], preparers: list[Preparer], *, skip_bad_rows: bool, items: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        datasets: list[Any],
+        preparers: list[Preparer],
+        *,
+        skip_bad_rows: bool,
+        items: NDArray[np.int64] | None = None,
+    ) -> None:
         self._datasets = [dataset.with_format("arrow") for dataset in datasets]
         self._preparers = preparers
         self._skip_bad_rows = skip_bad_rows
@@ -288,13 +302,18 @@ class LazyRows:
         item = int(self._items[index])
         source = int(np.searchsorted(self._ends, item, side="right"))
         offset = item - (int(self._ends[source - 1]) if source else 0)
-        raw = {key: column[0].as_py() for key, column in zip(*_columns(self._datasets[source][offset]), strict=True)}
+        raw = {
+            key: column[0].as_py()
+            for key, column in zip(*_columns(self._datasets[source][offset]), strict=True)
+        }
         row = cache.unpack_raw(**raw)
         (outcome,) = self._preparers[source].prepare([row])
         return _usable(outcome, self._skip_bad_rows)
 
     def select(self, indices: NDArray[np.int64]) -> LazyRows:
-        return LazyRows(self._datasets, self._preparers, skip_bad_rows=self._skip_bad_rows, items=self._items[indices])
+        return LazyRows(
+            self._datasets, self._preparers, skip_bad_rows=self._skip_bad_rows, items=self._items[indices]
+        )
 
 
 def _columns(table: Any) -> tuple[list[str], list[Any]]:
@@ -304,7 +323,7 @@ def _columns(table: Any) -> tuple[list[str], list[Any]]:
 def _usable(outcome: PreparedRow, skip_bad_rows: bool) -> PreparedRow:
     if outcome.problem is not None and not skip_bad_rows:
         raise DataError(
-            f"{outcome.place}: {outcome.problem}. Mend it, or set data.on_bad_row=skip to leave such rows out."
+            f"{outcome.place}: {outcome.problem}. Mend it, or leave such rows out: data.on_bad_row=skip."
         )
     return outcome
 
@@ -330,10 +349,19 @@ def _load_lazy(sources: list[SourceConfig], config: Config, tokenizer: Any, say:
 
 
 class StreamedRows:
-    """Rows read in file order through a shuffle buffer, source by source in turn by their order in the config, again
-    from the start when all are read. Item i can only be fetched going forward; rows passed over are not tokenised."""
+    """Rows read in file order through a shuffle buffer, source by source in turn by their order in the
+    config, again from the start when all are read. Item i can only be fetched going forward; rows passed over
+    are not tokenised."""
 
-    def __init__(self, sources: list[tuple[Callable[[], Iterator[RawRow]], Preparer]], *, length: int, buffer: int, seed: int, skip_bad_rows: bool) -> None:
+    def __init__(
+        self,
+        sources: list[tuple[Callable[[], Iterator[RawRow]], Preparer]],
+        *,
+        length: int,
+        buffer: int,
+        seed: int,
+        skip_bad_rows: bool,
+    ) -> None:
         self._sources = sources
         self._length = length
         self._buffer = buffer
@@ -385,7 +413,9 @@ def _load_streaming(sources: list[SourceConfig], config: Config, tokenizer: Any,
         skip_bad_rows=config.data.on_bad_row == "skip",
     )
     lengths = np.full(num_rows, config.data.max_length, np.int32)
-    return RowSet(rows, lengths, np.arange(num_rows + 1), [(0, num_rows, 1.0)], [report for _, _, report in opened])
+    return RowSet(
+        rows, lengths, np.arange(num_rows + 1), [(0, num_rows, 1.0)], [report for _, _, report in opened]
+    )
 
 
 def write_report(data: Data, file: Path) -> None:

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 
 class BadRow(Exception):
-    """One row cannot be trained on. `reason` is a short fixed name that reports count by; `detail` tells this row's
-    story: what was found, where in the row, what was expected."""
+    """One row cannot be trained on. `reason` is a short fixed name that reports count by; `detail` tells this
+    row's story: what was found, where in the row, what was expected."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)  # both as arguments, so that it survives the way from a worker process
+        super().__init__(
+            reason, detail
+        )  # both as arguments, so that it survives the way from a worker process
         self.reason = reason
         self.detail = detail
 
@@ -29,8 +31,9 @@ class BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """A row as it lies in its file. `payload` is undecoded JSON, or the row itself where a reader already made
-    one (parquet, arrow, csv, txt, hub), or the BadRow a reader met. `place` is what messages call it: `file:line` for line files, `file[index]` otherwise."""
+    """A row as it lies in its file. `payload` is undecoded JSON, or the row itself where a reader already
+    made one (parquet, arrow, csv, txt, hub), or the BadRow a reader met. `place` is what messages call it:
+    `file:line` for line files, `file[index]` otherwise."""
 
     place: str
     payload: bytes | dict[str, Any] | BadRow
@@ -41,8 +44,8 @@ class Record:
     """A row in our one shape: a conversation, or raw text.
 
     Conversation: `messages` are what the chat template is given (role, content, and where present tool_calls,
-    reasoning_content, name, tool_call_id); `weights[i]` is the loss weight the row itself asks for on message i
-    (0 for `"train": false`), or None where `data.train_on` decides. Raw text: `prompt` is never trained and
+    reasoning_content, name, tool_call_id); `weights[i]` is the loss weight the row itself asks for on message
+    i (0 for `"train": false`), or None where `data.train_on` decides. Raw text: `prompt` is never trained and
     `completion` always is; no template is used."""
 
     messages: tuple[dict[str, Any], ...] = ()
@@ -59,7 +62,8 @@ class Record:
 @dataclass(frozen=True, slots=True)
 class Example:
     """Tokens and targets. `input_ids` [T] int32; `spans` [N, 2] int32 are token ranges that carry loss and
-    `span_weights` [N] float32 their weights. A target at position 0 has no left context and is never a target."""
+    `span_weights` [N] float32 their weights. A target at position 0 has no left context and is never a
+    target."""
 
     input_ids: NDArray[np.int32]
     spans: NDArray[np.int32]

@@ -5,7 +5,6 @@ P predictions, V vocabulary.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,10 +12,12 @@ from torch.nn import functional as F
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Sum over predictions of weight * -log softmax(logits)[target], in nats.
 
-    logits [P, V] of any floating type (the softmax is taken in float32); targets [P] int64; weights [P] float32.
-    Returns a float32 scalar: not a mean, since the caller divides by the weight of the whole optimiser step, of
-    which these predictions may be a part. Raises ValueError if the shapes do not agree."""
+    logits [P, V] of any floating type (the softmax is taken in float32); targets [P] int64; weights [P]
+    float32. Returns a float32 scalar: not a mean, since the caller divides by the weight of the whole
+    optimiser step, of which these predictions may be a part. Raises ValueError if the shapes do not agree."""
     if logits.shape[:-1] != targets.shape or targets.shape != weights.shape:
-        raise ValueError(f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}, weights {tuple(weights.shape)}")
+        raise ValueError(
+            f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}, weights {tuple(weights.shape)}"
+        )
     nll = F.cross_entropy(logits.float(), targets, reduction="none")
     return (nll * weights).sum()

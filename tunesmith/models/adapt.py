@@ -70,23 +70,24 @@ def _check_targets(model: Any, adapter: AdapterConfig) -> None:
     names = _linear_names(model)
     kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
     listing = f"Modules of this model: {', '.join(kinds)}."
-    if isinstance(adapter.target_modules, str):
-        pattern = adapter.target_modules
-        if pattern == "all-linear":
-            return
-        try:
-            found = any(re.fullmatch(pattern, name) for name in names)
-        except re.error as error:
-            raise ModelError(f"adapter.target_modules: {pattern!r} is no regular expression: {error}.") from error
-        if not found:
-            raise ModelError(
-                f"adapter.target_modules: {pattern!r} matches the whole name of no linear module. {listing} "
-                f"A full name is {names[0]!r}. To name modules, write a list: [{pattern}]."
-            )
-        return
-    _check_names("adapter.target_modules", adapter.target_modules, names, kinds, listing)
+    if isinstance(adapter.target_modules, list):
+        _check_names("adapter.target_modules", adapter.target_modules, names, kinds, listing)
+    elif adapter.target_modules != "all-linear":
+        _check_pattern(adapter.target_modules, names, listing)
     all_names = [name for name, _ in model.named_modules() if name]
     _check_names("adapter.modules_to_save", adapter.modules_to_save, all_names, kinds, listing)
+
+
+def _check_pattern(pattern: str, names: list[str], listing: str) -> None:
+    try:
+        found = any(re.fullmatch(pattern, name) for name in names)
+    except re.error as error:
+        raise ModelError(f"adapter.target_modules: {pattern!r} is no regular expression: {error}.") from error
+    if not found:
+        raise ModelError(
+            f"adapter.target_modules: {pattern!r} matches the whole name of no linear module. {listing} "
+            f"A full name is {names[0]!r}. To name modules, write a list: [{pattern}]."
+        )
 
 
 def _check_names(key: str, wanted: list[str], names: list[str], kinds: list[str], listing: str) -> None:

@@ -15,9 +15,9 @@ from tunesmith.models.devices import free_memory_bytes
 class Cost:
     """Floating-point operations of training, by what they grow with.
 
-    A matrix of n parameters takes 2n per token forward, 2n for the gradient of its input and, if it is trained, 2n
-    for its own. The output head runs at targets only. Attention scores are left out (below a tenth up to 2,048
-    tokens at hidden sizes of 1,000 and more), so that MFU errs on the low side."""
+    A matrix of n parameters takes 2n per token forward, 2n for the gradient of its input and, if it is
+    trained, 2n for its own. The output head runs at targets only. Attention scores are left out (below a
+    tenth up to 2,048 tokens at hidden sizes of 1,000 and more), so that MFU errs on the low side."""
 
     per_token: float
     per_target: float
@@ -42,22 +42,29 @@ def training_cost(model: Any) -> Cost:
 
 
 def choose_gradient_checkpointing(model: Any, config: Config, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether to recompute activations, and why: as the config says, or by what one pass is estimated to need."""
+    """Whether to recompute activations, and why: as the config says, or by what one pass is estimated to
+    need."""
     if config.train.gradient_checkpointing != "auto":
         return config.train.gradient_checkpointing, "as train.gradient_checkpointing says"
     need, free = _pass_bytes(model, config, dtype), free_memory_bytes()
     fits = need <= 0.8 * free
-    return not fits, f"one pass of {config.train.micro_batch_tokens} tokens needs about {need / 2**30:.1f} GiB of {free / 2**30:.1f} GiB free"
+    return (
+        not fits,
+        f"one pass of {config.train.micro_batch_tokens} tokens needs about {need / 2**30:.1f} GiB "
+        f"of {free / 2**30:.1f} GiB free",
+    )
 
 
 def _pass_bytes(model: Any, config: Config, dtype: torch.dtype) -> float:
     """Activations of one pass: 34 bytes per token, layer and hidden unit in 16 bits without attention scores
-    (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2), twice that in 32, plus three float32 copies of the logits;
-    and 16 bytes a trained parameter for weight, gradient and AdamW's two moments."""
+    (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2), twice that in 32, plus three float32 copies of the
+    logits; and 16 bytes a trained parameter for weight, gradient and AdamW's two moments."""
     text = model.config.get_text_config()
     tokens = config.train.micro_batch_tokens or 0
     wide = 2 if dtype == torch.float32 else 1
-    activations = 34.0 * wide * tokens * getattr(text, "hidden_size", 0) * getattr(text, "num_hidden_layers", 0)
+    activations = (
+        34.0 * wide * tokens * getattr(text, "hidden_size", 0) * getattr(text, "num_hidden_layers", 0)
+    )
     logits = 12.0 * tokens * getattr(text, "vocab_size", 0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return activations + logits + 16.0 * trained

@@ -55,12 +55,13 @@ def peak_memory_gib() -> float:
 
 
 def matmul_flops_per_second(dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """The rate of a large matrix product in this format, measured now: the ceiling that MFU is told against."""
+    """The rate of a large matrix product in this format, measured now: the ceiling that MFU is told
+    against."""
     device = default_device()
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, dtype=dtype, device=device)
     torch.mm(a, a)  # first call: kernel choice and thread start-up
-    times = []
+    times: list[float] = []
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or not times:
         start = time.perf_counter()

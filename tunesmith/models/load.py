@@ -21,8 +21,8 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 def load_model(config: Config, tokenizer: Any, say: Say) -> Any:
     """The causal LM of `model.path`, ready to be adapted: embeddings as large as the tokenizer, cache off.
 
-    Weights that will be trained in full are float32, all others in the compute format. Raises ModelError if there
-    is no such model, or its weights are pickles."""
+    Weights that will be trained in full are float32, all others in the compute format. Raises ModelError if
+    there is no such model, or its weights are pickles."""
     from transformers import AutoModelForCausalLM
 
     dtype, why = compute_dtype(config.model)
@@ -64,7 +64,9 @@ def _load_model_config(config: Config) -> Any:
 
     try:
         return AutoConfig.from_pretrained(
-            config.model.path, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
+            config.model.path,
+            trust_remote_code=config.model.trust_remote_code,
+            revision=config.model.revision,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model.path={config.model.path}: no model there: {_short(error)}") from error
@@ -78,8 +80,8 @@ def _refuse_pickles(path: str) -> None:
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
         raise ModelError(
-            f"model.path={path}: its weights are a pickle ({pickles[0]}), which can run code when loaded; only "
-            "safetensors are read. If you trust it, convert it once:\n"
+            f"model.path={path}: its weights are a pickle ({pickles[0]}), which can run code when loaded; "
+            "only safetensors are read. If you trust it, convert it once:\n"
             f'  python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{path}', use_safetensors=False).save_pretrained('{path}-safetensors')\""
         )
@@ -94,8 +96,8 @@ def _scale_rope(model_config: Any, config: Config, say: Say) -> None:
         return
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         raise ModelError(
-            f"data.max_length={wanted} exceeds the {trained} positions of {config.model.path}, whose positions cannot "
-            f"be scaled. Set data.max_length to {trained} or less."
+            f"data.max_length={wanted} exceeds the {trained} positions of {config.model.path}, "
+            f"which cannot be scaled. Set data.max_length to {trained} or less."
         )
     own = rope.get("rope_type", "default")
     if own != "default":
@@ -104,8 +106,9 @@ def _scale_rope(model_config: Any, config: Config, say: Say) -> None:
         kind = "linear"
     factor = float(math.ceil(wanted / trained))
     say(
-        f"warning: data.max_length={wanted} exceeds the {trained} positions {config.model.path} was trained for; "
-        f"rotary positions are scaled ({kind}, factor {factor:g}). Serving must use the same scaling."
+        f"warning: data.max_length={wanted} exceeds the {trained} positions {config.model.path} was "
+        f"trained for; rotary positions are scaled ({kind}, factor {factor:g}). "
+        "Serving must use the same scaling."
     )
     model_config.rope_parameters = rope | {
         "rope_type": kind,
@@ -137,8 +140,9 @@ def _prepare_quantized(model: Any) -> Any:
 
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # bitsandbytes 0.50 repacks weights in an eval-mode forward on CPUs with AVX512-BF16, and the packed
-            # kernel has no gradient: training after an evaluation would be silently wrong. Delete when fixed there.
+            # bitsandbytes 0.50 repacks weights in an eval-mode forward on CPUs with AVX512-BF16, and the
+            # packed kernel has no gradient: training after an evaluation would be silently wrong. Delete when
+            # fixed there.
             module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
@@ -152,7 +156,9 @@ def _freeze(model: Any, patterns: list[str]) -> None:
         except re.error as error:
             raise ModelError(f"model.freeze: {pattern!r} is no regular expression: {error}.") from error
         if not found:
-            raise ModelError(f"model.freeze: {pattern!r} finds no parameter. Names look like {names[0]}, {names[-1]}.")
+            raise ModelError(
+                f"model.freeze: {pattern!r} finds no parameter. Names look like {names[0]}, {names[-1]}."
+            )
         for name, parameter in model.named_parameters():
             if name in found:
                 parameter.requires_grad_(False)

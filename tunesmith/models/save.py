@@ -1,4 +1,5 @@
-"""Writing what a run made, such that stock transformers and PEFT load it: whole folders, complete or absent."""
+"""Writing what a run made, such that stock transformers and PEFT load it: whole folders, complete or
+absent."""
 
 from __future__ import annotations
 
@@ -16,9 +17,9 @@ def save_artifact(
 ) -> None:
     """Write the adapter (or the whole model), tokenizer, chat template, generation_config and model card.
 
-    `model` is unwrapped (no DDP). A full model is written in `dtype`, the format it was computed in. `stop_ids` end a
-    generated answer, beside those the base model stops at. The folder is written under a temporary name and
-    renamed, so that it is whole whenever it is there."""
+    `model` is unwrapped (no DDP). A full model is written in `dtype`, the format it was computed in.
+    `stop_ids` end a generated answer, beside those the base model stops at. The folder is written under a
+    temporary name and renamed, so that it is whole whenever it is there."""
     building = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -37,10 +38,12 @@ def save_artifact(
 
 
 def save_weights(folder: Path, model: Any, *, dtype: torch.dtype | None = None) -> None:
-    """Write weights and config as `save_pretrained` does; floating weights of a full model in `dtype` if given."""
+    """Write weights and config as `save_pretrained` does; floating weights of a full model in `dtype` if
+    given."""
     if hasattr(model, "peft_config"):
         _absolute_base_path(model)
-        # The embedding is never an adapter's; new rows go through trainable_token_indices, which PEFT saves itself.
+        # The embedding is never an adapter's; new rows go through trainable_token_indices, which PEFT saves
+        # itself.
         model.save_pretrained(str(folder), save_embedding_layers=False)
         return
     training_config = model.config
@@ -50,7 +53,9 @@ def save_weights(folder: Path, model: Any, *, dtype: torch.dtype | None = None) 
     try:
         if dtype is not None:
             model.config.dtype = dtype
-            state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+            state = {
+                name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()
+            }
         model.save_pretrained(str(folder), state_dict=state)
     finally:
         model.config = training_config
@@ -69,7 +74,9 @@ def generation_config(model: Any, tokenizer: Any, stop_ids: Iterable[int]) -> An
     settings = copy.deepcopy(model.generation_config)
     own = settings.eos_token_id
     stops = [own] if isinstance(own, int) else list(own or [])
-    stops += [id_ for id_ in (tokenizer.eos_token_id, *sorted(stop_ids)) if id_ is not None and id_ not in stops]
+    stops += [
+        id_ for id_ in (tokenizer.eos_token_id, *sorted(stop_ids)) if id_ is not None and id_ not in stops
+    ]
     settings.eos_token_id = stops[0] if len(stops) == 1 else stops or None
     settings.pad_token_id = tokenizer.pad_token_id
     settings.bos_token_id = tokenizer.bos_token_id if settings.bos_token_id is None else settings.bos_token_id

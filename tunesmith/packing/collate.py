@@ -7,7 +7,8 @@
     targets       [c e]                    [P]
     weights       [1 1]                    [P]     loss weight of each prediction
 
-A pack with no example (a step with fewer examples than passes) is one token and no prediction: loss and gradient 0.
+A pack with no example (a step with fewer examples than passes) is one token and no prediction: loss and
+gradient 0.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from tunesmith.data.records import Example
 
 
 def collate_flat(rows: Sequence[PreparedRow]) -> dict[str, Any]:
-    """One pack of the rows' examples: the tensors above, and `rows`, what became of each row (examples left out
-    where they lie in the pack), for reports."""
+    """One pack of the rows' examples: the tensors above, and `rows`, what became of each row (examples left
+    out where they lie in the pack), for reports."""
     examples = [example for row in rows for example in row.examples]
     return pack_flat(examples) | {"rows": list(rows)}
 
 
 def pack_flat(examples: Sequence[Example]) -> dict[str, Any]:
-    """The tensors of one flat pack: input_ids, position_ids [1, T] int64; positions, targets [P] int64; weights
-    [P] float32."""
+    """The tensors of one flat pack: input_ids, position_ids [1, T] int64; positions, targets [P] int64;
+    weights [P] float32."""
     if not examples:
         examples = [Example(np.zeros(1, np.int32), np.zeros((0, 2), np.int32), np.zeros(0, np.float32))]
     input_ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)

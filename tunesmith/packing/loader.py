@@ -14,8 +14,8 @@ from tunesmith.packing.plan import StepPlan
 class PlanSampler(Sampler[list[int]]):
     """The example indices of each pass of this rank, for one epoch.
 
-    `skip_steps` steps at the front of the epoch `skip_in_epoch` come out empty and cost nothing: accelerate passes
-    over them when a run goes on from the middle of an epoch."""
+    `skip_steps` steps at the front of the epoch `skip_in_epoch` come out empty and cost nothing: accelerate
+    passes over them when a run goes on from the middle of an epoch."""
 
     def __init__(self, plan: StepPlan, rank: int) -> None:
         self.plan = plan
@@ -62,9 +62,11 @@ def plan_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        # Its own generator: a loader draws a seed at each epoch, and would shift the stream that dropout draws from.
+        # Its own generator: a loader draws a seed at each epoch, and would shift the stream that dropout
+        # draws from.
         generator=torch.Generator().manual_seed(plan.seed),
     )
-    # transformers tells a loader its epoch by this name; a resumed loader finds the sampler through accelerate's.
-    loader.set_epoch = sampler.set_epoch  # type: ignore[attr-defined]
+    # transformers tells a loader its epoch by this name; a resumed loader finds the sampler through
+    # accelerate's.
+    loader.set_epoch = sampler.set_epoch
     return loader, sampler

@@ -4,9 +4,10 @@
     a step               the next `batch_size` of them; the last step of an epoch holds what is left
     a forward pass       some examples of the step, at most `micro_batch_tokens` tokens in all
 
-Every step has the same number of passes on every rank, so that transformers' gradient accumulation, DDP and FSDP
-work unmodified; a pass may be empty where a step has fewer examples than passes. Packing, pass size and rank count
-never change which rows a step holds. Position in the plan is an index: nothing is replayed to get there.
+Every step has the same number of passes on every rank, so that transformers' gradient accumulation, DDP and
+FSDP work unmodified; a pass may be empty where a step has fewer examples than passes. Packing, pass size and
+rank count never change which rows a step holds. Position in the plan is an index: nothing is replayed to get
+there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class RowSource:
-    """Rows [start, end) of the training set, and how often an epoch holds them (1: once; 0.5: a random half)."""
+    """Rows [start, end) of the training set, and how often an epoch holds them (1: once; 0.5: a random
+    half)."""
 
     start: int
     end: int
@@ -34,8 +36,8 @@ class RowSource:
 class StepPlan:
     """The plan of a run.
 
-    lengths: [N] tokens of each example. row_starts: [R + 1]; row r owns examples row_starts[r]:row_starts[r + 1]
-    (several where a template is expanded per turn). passes: forward passes per step and rank."""
+    lengths: [N] tokens of each example. row_starts: [R + 1]; row r owns examples row_starts[r]:row_starts[r +
+    1] (several where a template is expanded per turn). passes: forward passes per step and rank."""
 
     lengths: NDArray[np.int32]
     row_starts: NDArray[np.int64]
@@ -93,7 +95,9 @@ def make_plan(
     )
 
 
-def _rows_of_epoch(sources: Sequence[RowSource], seed: int, epoch: int, *, shuffle: bool) -> NDArray[np.int64]:
+def _rows_of_epoch(
+    sources: Sequence[RowSource], seed: int, epoch: int, *, shuffle: bool
+) -> NDArray[np.int64]:
     rng = np.random.default_rng([seed, epoch])
     parts = []
     for source in sources:
@@ -164,8 +168,9 @@ def _largest(examples: list[int], lengths: NDArray[np.int32], num_bins: int) -> 
 
 
 def fill_passes(lengths: NDArray[np.int32], max_tokens: int) -> list[list[int]]:
-    """Items grouped into few passes of at most `max_tokens` tokens each (best-fit decreasing over a sorted list of
-    free room), for evaluation, where order does not matter. An item longer than that has a pass of its own."""
+    """Items grouped into few passes of at most `max_tokens` tokens each (best-fit decreasing over a sorted
+    list of free room), for evaluation, where order does not matter. An item longer than that has a pass of
+    its own."""
     passes: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pass), sorted
     for item in np.argsort(-lengths, kind="stable"):

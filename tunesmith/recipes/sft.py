@@ -21,8 +21,8 @@ from tunesmith.training.session import Session
 
 @dataclass(frozen=True)
 class SftResult:
-    """What a run left: its folder, the adapter or model at its end and at its best, and the figures of summary.json.
-    `best` is None without validation rows."""
+    """What a run left: its folder, the adapter or model at its end and at its best, and the figures of
+    summary.json. `best` is None without validation rows."""
 
     run: Path
     final: Path
@@ -33,8 +33,9 @@ class SftResult:
 def sft(config: str | Path | dict[str, Any] | Config, overrides: list[str] | None = None) -> SftResult:
     """Tune a causal LM on conversations or text, by LoRA or in full.
 
-    Takes a YAML file, a dict of the same shape or a Config, and `section.key=value` overrides. Goes on from the
-    newest checkpoint where the run folder has one. Raises tunesmith.errors.*, Interrupted after a signal among them."""
+    Takes a YAML file, a dict of the same shape or a Config, and `section.key=value` overrides. Goes on from
+    the newest checkpoint where the run folder has one. Raises tunesmith.errors.*, Interrupted after a signal
+    among them."""
     config = load_config(config, overrides or [])
     progress = Progress()
     run = RunFolder(config)

@@ -1,4 +1,5 @@
-"""Answers to validation rows, greedily, to see what training changed: exact matches and examples side by side."""
+"""Answers to validation rows, greedily, to see what training changed: exact matches and examples side by
+side."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ _ROWS_AT_ONCE = 25
 
 @dataclass(frozen=True)
 class Question:
-    """The prompt of a row's last answer, as served; what its last message says; and the answer the row has."""
+    """The prompt of a row's last answer, as served; what its last message says; and the answer the row
+    has."""
 
     place: str
     prompt_ids: NDArray[np.int32]
@@ -32,7 +34,11 @@ def questions(rows: RowSet, limit: int, tokenizer: Any, stop_ids: Sequence[int])
         if len(found) == limit:
             break
         items = range(int(rows.row_starts[row]), int(rows.row_starts[row + 1]))
-        examples = [(outcome.place, example) for outcome in map(rows.rows.__getitem__, items) for example in outcome.examples]
+        examples = [
+            (outcome.place, example)
+            for outcome in map(rows.rows.__getitem__, items)
+            for example in outcome.examples
+        ]
         if not examples or not len(examples[-1][1].spans):
             continue
         place, example = examples[-1]
@@ -52,7 +58,8 @@ def questions(rows: RowSet, limit: int, tokenizer: Any, stop_ids: Sequence[int])
 
 
 def _last_message(prompt_ids: NDArray[np.int32], tokenizer: Any, stop_ids: Sequence[int]) -> str:
-    """What a reader wants to see of a prompt: its last whole message, without the template's heading `user`."""
+    """What a reader wants to see of a prompt: its last whole message, without the template's heading
+    `user`."""
     (ends,) = np.nonzero(np.isin(prompt_ids, stop_ids))
     if not len(ends):
         return str(tokenizer.decode(prompt_ids, skip_special_tokens=True)).strip()
@@ -65,7 +72,8 @@ def _last_message(prompt_ids: NDArray[np.int32], tokenizer: Any, stop_ids: Seque
 def answer(
     model: Any, tokenizer: Any, asked: Sequence[Question], *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> list[str]:
-    """The model's greedy answers, in order. Prompts are answered in groups of like length, padded on the left."""
+    """The model's greedy answers, in order. Prompts are answered in groups of like length, padded on the
+    left."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -101,7 +109,8 @@ def answer(
 
 
 def stop_ids(rows: RowSet, tokenizer: Any, sample: int = 64) -> list[int]:
-    """Ids that end an answer: the tokenizer's EOS, and the control tokens that close trained turns in the data."""
+    """Ids that end an answer: the tokenizer's EOS, and the control tokens that close trained turns in the
+    data."""
     control = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     stops = {tokenizer.eos_token_id} - {None}
     for item in range(min(sample, len(rows.lengths))):

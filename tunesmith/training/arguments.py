@@ -35,9 +35,11 @@ def num_steps(config: Config, plan: StepPlan) -> int:
 def training_arguments(
     config: Config, plan: StepPlan, folder: Path, *, dtype: torch.dtype, gradient_checkpointing: bool
 ) -> Any:
-    """TrainingArguments that do what the config says. When to log, evaluate and save is our callback's business.
+    """TrainingArguments that do what the config says. When to log, evaluate and save is our callback's
+    business.
 
-    Raises ConfigError for an unknown `train.trainer_args` key, MissingExtraError for an optimizer not installed."""
+    Raises ConfigError for an unknown `train.trainer_args` key, MissingExtraError for an optimizer not
+    installed."""
     from transformers import TrainingArguments
 
     train = config.train

@@ -22,8 +22,8 @@ Metrics = dict[str, Any]
 
 
 class Schedule(TrainerCallback):
-    """Says when to log, evaluate and save. `None` for an interval means the end of each epoch; the last step always
-    evaluates and saves."""
+    """Says when to log, evaluate and save. `None` for an interval means the end of each epoch; the last step
+    always evaluates and saves."""
 
     def __init__(
         self,
@@ -77,7 +77,9 @@ class StopOnSignal(TrainerCallback):
 class MetricsFile(TrainerCallback):
     """Writes metrics.jsonl: one line a logged step, one an evaluation, and hands each to `listeners`."""
 
-    def __init__(self, file: Path, cost: Cost, peak_flops: float, counts: Callable[[], Any], num_ranks: int) -> None:
+    def __init__(
+        self, file: Path, cost: Cost, peak_flops: float, counts: Callable[[], Any], num_ranks: int
+    ) -> None:
         self.file = file
         self.listeners: list[Callable[[Metrics], None]] = []
         self._cost = cost
@@ -91,7 +93,9 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Metrics, **_: Any) -> None:
         if "loss" in logs:
-            line = {key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs} | self._speed()
+            line = {
+                key: logs[key] for key in ("loss", "learning_rate", "grad_norm") if key in logs
+            } | self._speed()
         elif "eval_loss" in logs:
             line = {key: value for key, value in logs.items() if key.startswith("eval_")}
         else:
@@ -104,10 +108,12 @@ class MetricsFile(TrainerCallback):
             listener(line)
 
     def _speed(self) -> Metrics:
-        """Counts since the last logged line, and rates by the time of the steps alone (no evaluation, no saving)."""
+        """Counts since the last logged line, and rates by the time of the steps alone (no evaluation, no
+        saving)."""
         seconds = sum(s for _, s in self._since_log)
         rows, tokens, targets = (
-            sum(getattr(counts, name) for counts, _ in self._since_log) for name in ("rows", "tokens", "targets")
+            sum(getattr(counts, name) for counts, _ in self._since_log)
+            for name in ("rows", "tokens", "targets")
         )
         self._since_log.clear()
         return {
@@ -123,11 +129,14 @@ class MetricsFile(TrainerCallback):
 
 
 class KeepBest(TrainerCallback):
-    """Saves the best model by eval loss, and stops after `patience` evaluations in a row without a better one.
+    """Saves the best model by eval loss, and stops after `patience` evaluations in a row without a better
+    one.
 
     What was best before a resume is read from the trainer's state, so that a resumed run decides the same."""
 
-    def __init__(self, save: Callable[[int, float], None], patience: int | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, save: Callable[[int, float], None], patience: int | None, say: Callable[[str], None]
+    ) -> None:
         self._save = save
         self._patience = patience
         self._say = say
@@ -135,7 +144,11 @@ class KeepBest(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Metrics, **_: Any) -> None:
         if not state.global_step:
             return  # the untouched model
-        losses = [(line["eval_loss"], line["step"]) for line in state.log_history if "eval_loss" in line and line["step"]]
+        losses = [
+            (line["eval_loss"], line["step"])
+            for line in state.log_history
+            if "eval_loss" in line and line["step"]
+        ]
         best_loss, best_step = min(losses)
         state.best_metric, state.best_global_step = best_loss, best_step
         if best_step == state.global_step:
@@ -143,7 +156,7 @@ class KeepBest(TrainerCallback):
         since_best = sum(step > best_step for _, step in losses)
         if self._patience is not None and since_best >= self._patience:
             self._say(
-                f"early stop at step {state.global_step}: no lower eval loss than {best_loss:.4f} (step {best_step}) "
-                f"in {since_best} evaluations"
+                f"early stop at step {state.global_step}: no lower eval loss than {best_loss:.4f} "
+                f"(step {best_step}) in {since_best} evaluations"
             )
             control.should_training_stop = control.should_save = True

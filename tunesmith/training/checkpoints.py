@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent.
 
     checkpoints/.step-000100.tmp/   being written; never looked at, removed at the next start
-    checkpoints/step-000100/        renamed into place after its manifest, which lists every file's size and SHA-256
+    checkpoints/step-000100/        renamed into place after its manifest, which lists every file's size and
+    SHA-256
 
 A kill at any instant leaves the newest complete checkpoint as it was.
 """
@@ -52,14 +53,17 @@ class Checkpoints:
         return folder
 
     def commit(self, step: int, **facts: Any) -> Checkpoint:
-        """Make what was written complete: files to disk, manifest, rename; then delete what `keep` does not cover."""
+        """Make what was written complete: files to disk, manifest, rename; then delete what `keep` does not
+        cover."""
         building, final = self.building(step), self.folder / f"step-{step:06d}"
         files = {
             str(file.relative_to(building)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
             for file in sorted(building.rglob("*"))
             if file.is_file()
         }
-        (building / MANIFEST).write_text(json.dumps({"step": step, **facts, "files": files}, indent=2), encoding="utf-8")
+        (building / MANIFEST).write_text(
+            json.dumps({"step": step, **facts, "files": files}, indent=2), encoding="utf-8"
+        )
         for file in building.rglob("*"):
             _sync(file)
         _sync(building)
@@ -67,7 +71,7 @@ class Checkpoints:
             shutil.rmtree(final)
         building.rename(final)
         _sync(self.folder)
-        for old in self.list()[: -self.keep]:
+        for old in self.complete()[: -self.keep]:
             shutil.rmtree(old.folder)
         return Checkpoint(final, step)
 
@@ -76,7 +80,7 @@ class Checkpoints:
         for leftover in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def list(self) -> list[Checkpoint]:
+    def complete(self) -> list[Checkpoint]:
         """Checkpoints that have a manifest, oldest first; their hashes are not looked at."""
         found = [
             Checkpoint(folder, int(match[1]))
@@ -87,8 +91,8 @@ class Checkpoints:
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is undamaged, and what is wrong with each newer one."""
-        problems = []
-        for checkpoint in reversed(self.list()):
+        problems: list[str] = []
+        for checkpoint in reversed(self.complete()):
             problem = find_damage(checkpoint.folder)
             if problem is None:
                 return checkpoint, problems
@@ -97,17 +101,20 @@ class Checkpoints:
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of this very step. Raises CheckpointError if it is not there or is damaged."""
-        for checkpoint in self.list():
+        for checkpoint in self.complete():
             if checkpoint.step == step:
                 if (problem := find_damage(checkpoint.folder)) is not None:
                     raise CheckpointError(f"{checkpoint.folder}: {problem}")
                 return checkpoint
-        steps = ", ".join(str(checkpoint.step) for checkpoint in self.list()) or "none"
-        raise CheckpointError(f"{self.folder}: no complete checkpoint of step {step}. Complete ones: {steps}.")
+        steps = ", ".join(str(checkpoint.step) for checkpoint in self.complete()) or "none"
+        raise CheckpointError(
+            f"{self.folder}: no complete checkpoint of step {step}. Complete ones: {steps}."
+        )
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file of the manifest is there, as long and as it was."""
+    """What is wrong with a checkpoint, or None: every file of the manifest is there, as long and as it
+    was."""
     try:
         files: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError) as error:
@@ -128,7 +135,11 @@ def find_damage(folder: Path) -> str | None:
 
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(stream)
+        return (
+            hashlib.file_digest(stream, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else _digest(stream)
+        )
 
 
 def _digest(stream: Any) -> str:

@@ -1,4 +1,5 @@
-"""Objectives: what a pass of a model over a pack is asked to lower. A model and a pack in, a sum over targets out."""
+"""Objectives: what a pass of a model over a pack is asked to lower. A model and a pack in, a sum over targets
+out."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ def next_token_loss(model: Any, pack: dict[str, Any]) -> Tensor:
         input_ids=pack["input_ids"],
         position_ids=pack["position_ids"],
         use_cache=False,
-        # An empty pack makes one logit that counts nothing, so that every rank's graph has the same parameters.
+        # An empty pack makes one logit that counts nothing, so that every rank's graph has the same
+        # parameters.
         logits_to_keep=positions if len(positions) else 1,
     )
     logits = output.logits[0]

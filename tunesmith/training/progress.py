@@ -1,4 +1,5 @@
-"""What a person sees while a run goes on: one live line on a terminal, a line now and then where there is none."""
+"""What a person sees while a run goes on: one live line on a terminal, a line now and then where there is
+none."""
 
 from __future__ import annotations
 
@@ -25,9 +26,13 @@ class Progress:
     def say(self, message: str) -> None:
         """One line for the reader; warnings stand out."""
         if message.startswith("warning: "):
-            self.console.print(f"[yellow]warning:[/yellow] {escape(message.removeprefix('warning: '))}", highlight=False)
+            self.console.print(
+                f"[yellow]warning:[/yellow] {escape(message.removeprefix('warning: '))}",
+                highlight=False,
+                soft_wrap=True,
+            )
         else:
-            self.console.print(escape(message), highlight=False)
+            self.console.print(escape(message), highlight=False, soft_wrap=True)
 
 
 class ProgressLine(TrainerCallback):
@@ -58,19 +63,28 @@ class ProgressLine(TrainerCallback):
         self._eval_loss = line.get("eval_loss", self._eval_loss)
         if "loss" not in line:
             if line["step"]:
-                self._console.print(f"step {line['step']}  eval loss {line['eval_loss']:.4f}", highlight=False)
+                self._console.print(
+                    f"step {line['step']}  eval loss {line['eval_loss']:.4f}", highlight=False, soft_wrap=True
+                )
             return
         text = self._text(line)
         if self._live is not None:
             self._live.update(Text(text))
-        elif line["step"] == self._max_steps or time.perf_counter() - self._printed_at >= _SECONDS_BETWEEN_LINES:
+        elif (
+            line["step"] == self._max_steps
+            or time.perf_counter() - self._printed_at >= _SECONDS_BETWEEN_LINES
+        ):
             self._printed_at = time.perf_counter()
-            self._console.print(text, highlight=False)
+            self._console.print(text, highlight=False, soft_wrap=True)
 
     def _text(self, line: dict[str, Any]) -> str:
         done = line["step"] - self._first_step
         left = (time.perf_counter() - self._started_at) / max(done, 1) * (self._max_steps - line["step"])
-        parts = [f"step {line['step']}/{self._max_steps}", f"epoch {line['epoch']:.2f}", f"loss {line['loss']:.4f}"]
+        parts = [
+            f"step {line['step']}/{self._max_steps}",
+            f"epoch {line['epoch']:.2f}",
+            f"loss {line['loss']:.4f}",
+        ]
         if self._eval_loss is not None:
             parts.append(f"eval {self._eval_loss:.4f}")
         parts += [

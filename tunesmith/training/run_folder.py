@@ -19,10 +19,19 @@ from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.training.checkpoints import Checkpoint, Checkpoints
 
 Say = Callable[[str], None]
-_PACKAGES = ("tunesmith", "torch", "transformers", "peft", "datasets", "accelerate", "tokenizers", "safetensors")
+_PACKAGES = (
+    "tunesmith",
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+)
 
-# Settings that may change between a stop and going on: they change what is written, how long the run is, or how
-# the same result is computed, not what is trained up to here.
+# Settings that may change between a stop and going on: they change what is written, how long the run is, or
+# how the same result is computed, not what is trained up to here.
 FREE_TO_CHANGE = (
     "run.resume",
     "run.output_dir",
@@ -55,8 +64,8 @@ class RunFolder:
     def find_start(self, config: Config, say: Say) -> Checkpoint | None:
         """The checkpoint to go on from, or None to start afresh, by `run.resume`.
 
-        Raises ConfigError if the folder holds something that this run may not go on in, CheckpointError if the
-        checkpoint asked for is damaged."""
+        Raises ConfigError if the folder holds something that this run may not go on in, CheckpointError if
+        the checkpoint asked for is damaged."""
         resume = config.run.resume
         config_file = self.path / "config.yaml"
         if not self.path.exists() or not any(self.path.iterdir()):
@@ -65,11 +74,13 @@ class RunFolder:
             return None
         if resume == "never":
             raise ConfigError(
-                f"run.resume=never, but {self.path} already holds something. Choose another run.name, or remove it."
+                f"run.resume=never, but {self.path} already holds something. "
+                "Choose another run.name, or remove it."
             )
         if not config_file.is_file():
             raise ConfigError(
-                f"{self.path} is not empty and is no run (it has no config.yaml). Choose another run.name or output_dir."
+                f"{self.path} is not empty and is no run (it has no config.yaml). "
+                "Choose another run.name or output_dir."
             )
         self._refuse_other_config(config, config_file)
         self.checkpoints.clean()
@@ -86,7 +97,8 @@ class RunFolder:
         changed = [
             f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not any(key == k or key.startswith(k + ".") for k in FREE_TO_CHANGE)
+            if before.get(key) != now.get(key)
+            and not any(key == k or key.startswith(k + ".") for k in FREE_TO_CHANGE)
         ]
         if changed:
             raise ConfigError(

@@ -121,7 +121,8 @@ class Session:
             self._write_answers("before", self.answers())
 
     def train(self, start: Checkpoint | None) -> None:
-        """Train to the end. Raises Interrupted after a signal, when the checkpoint it asked for is complete."""
+        """Train to the end. Raises Interrupted after a signal, when the checkpoint it asked for is
+        complete."""
         self._signals.install()
         try:
             self.trainer.train_from(start)
@@ -134,8 +135,8 @@ class Session:
         if self._signals.received is not None and not self.trainer.is_done:
             step = self.trainer.state.global_step
             raise Interrupted(
-                f"stopped at step {step} of {self.trainer.state.max_steps}, saved in {self.run.checkpoints.folder}. "
-                "The same command goes on from there.",
+                f"stopped at step {step} of {self.trainer.state.max_steps}, saved in "
+                f"{self.run.checkpoints.folder}. The same command goes on from there.",
                 self._signals.received,
             )
 
@@ -194,18 +195,26 @@ class Session:
         for report in train.reports:
             if report.rows_read:
                 say(
-                    f"{report.path}: {report.rows_kept:,} of {report.rows_read:,} rows, {report.tokens:,} tokens, "
-                    f"{report.target_tokens:,} targets"
+                    f"{report.path}: {report.rows_kept:,} of {report.rows_read:,} rows, "
+                    f"{report.tokens:,} tokens, {report.target_tokens:,} targets"
                     + (f"; {report.rows_bad} bad rows left out" if report.rows_bad else "")
-                    + (f"; {report.examples_too_long} over {self.config.data.max_length} tokens" if report.examples_too_long else "")
+                    + (
+                        f"; {report.examples_too_long} over {self.config.data.max_length} tokens"
+                        if report.examples_too_long
+                        else ""
+                    )
                     + (f"; {report.rows_cut} cut" if report.rows_cut else "")
                 )
         say(
             f"{train.num_rows:,} training rows, {valid.num_rows if valid else 0:,} validation rows; "
-            f"{self.trainer.args.max_steps:,} steps of {self.config.train.batch_size} rows in {self.plan.passes} passes"
+            f"{self.trainer.args.max_steps:,} steps of "
+            f"{self.config.train.batch_size} rows in {self.plan.passes} passes"
         )
         if self.data.overlap:
-            say(f"warning: {self.data.overlap} validation examples stand in the training set too, token for token")
+            say(
+                f"warning: {self.data.overlap} validation examples stand in the training set too, "
+                "token for token"
+            )
         say(checkpointing)
 
 

@@ -69,7 +69,9 @@ def _tensorboard(config: Config, folder: Path) -> Any:
 def _wandb(config: Config, folder: Path) -> Any:
     from transformers.integrations import WandbCallback
 
-    os.environ.setdefault("WANDB_PROJECT", config.tracking.project)  # the callback has no other way to be told
+    os.environ.setdefault(
+        "WANDB_PROJECT", config.tracking.project
+    )  # the callback has no other way to be told
     os.environ.setdefault("WANDB_DIR", str(folder))
     return WandbCallback()
 

@@ -47,8 +47,10 @@ class StepCounts:
 
 
 class PackTrainer(Trainer):
-    """Trains `model` on `train_rows` in the order of `plan`, to lower `objective`; evaluates on `valid_rows` if
-    there are any. `decode` turns token ids into text, for the report of a bad step."""
+    """Trains `model` on `train_rows` in the order of `plan`, to lower `objective`; evaluates on `valid_rows`
+    if there are any. `decode` turns token ids into text, for the report of a bad step."""
+
+    optimizer: Any  # transformers declares it without a type
 
     def __init__(
         self,
@@ -80,7 +82,11 @@ class PackTrainer(Trainer):
         self._step_packs: list[Pack] = []
         self._step_losses: list[Tensor] = []
         super().__init__(
-            model=model, args=args, processing_class=None, train_dataset=train_rows.rows, callbacks=list(callbacks)
+            model=model,
+            args=args,
+            processing_class=None,
+            train_dataset=train_rows.rows,
+            callbacks=list(callbacks),
         )
         # No processing_class: transformers would rewrite the model's special tokens from it.
         self.loss_is_scaled_for_ga = True
@@ -110,7 +116,9 @@ class PackTrainer(Trainer):
         self._resume_step = checkpoint.step if checkpoint else 0
         return self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Pack], Tensor]:
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Pack], Tensor]:
         started_at = time.perf_counter()
         packs = [next(epoch_iterator) for _ in range(num_batches)]
         counts = torch.tensor(
@@ -175,7 +183,8 @@ class PackTrainer(Trainer):
         return self.optimizer
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called once a step, when gradients are whole and weights untouched: the place to stop a bad step."""
+        """Called once a step, when gradients are whole and weights untouched: the place to stop a bad
+        step."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss = torch.stack(self._step_losses).sum()
         # A GradScaler (float16) meets infinite gradients in its normal course, and skips such steps itself.
@@ -201,7 +210,9 @@ class PackTrainer(Trainer):
         assert self.valid_rows is not None
         started_at = time.perf_counter()
         rows = self.valid_rows
-        passes = fill_passes(rows.lengths, self.valid_batch_tokens)[self.args.process_index :: self.args.world_size]
+        passes = fill_passes(rows.lengths, self.valid_batch_tokens)[
+            self.args.process_index :: self.args.world_size
+        ]
         sums = torch.zeros(3, dtype=torch.float64)
         was_training = self.model.training
         self.model.eval()
@@ -211,7 +222,9 @@ class PackTrainer(Trainer):
                 continue
             with self.autocast():
                 loss = self.objective(self.model, self._prepare_inputs(pack))
-            sums += torch.tensor([float(loss), float(pack["weights"].sum()), len(pack["targets"])], dtype=torch.float64)
+            sums += torch.tensor(
+                [float(loss), float(pack["weights"].sum()), len(pack["targets"])], dtype=torch.float64
+            )
         self.model.train(was_training)
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
@@ -222,7 +235,9 @@ class PackTrainer(Trainer):
             "eval_s": time.perf_counter() - started_at,
         }
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )  # changes control in place
         return metrics
 
     def autocast(self) -> Any:
@@ -254,5 +269,7 @@ class PackTrainer(Trainer):
             self.state.save_to_json(f"{folder}/trainer_state.json")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self.checkpoints.commit(step, epoch=self.state.epoch, seed=self.args.seed, ranks=self.args.world_size)
+            self.checkpoints.commit(
+                step, epoch=self.state.epoch, seed=self.args.seed, ranks=self.args.world_size
+            )
         self.accelerator.wait_for_everyone()
