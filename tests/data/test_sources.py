@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from tunesmith.config.schema import SourceConfig
 from tunesmith.data import sources
+from tunesmith.data.decode import decode, parse_json
 from tunesmith.data.records import BadRow, RawRow
-from tunesmith.data.sources import decode, fingerprint_files, is_hub_id, iter_rows, parse_json, resolve_files
+from tunesmith.data.sources import fingerprint_files, is_hub_id, iter_rows, resolve_files
 from tunesmith.errors import DataError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"

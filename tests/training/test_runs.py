@@ -169,8 +169,9 @@ else:
 model = Model.from_pretrained(folder, dtype=torch.float32).eval()
 assert model.config.use_cache
 tokenizer = AutoTokenizer.from_pretrained(folder)
-text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True,
-tokenize=False) assert text == "<|im_start|>user\\nx<|im_end|>\\n<|im_start|>assistant\\n", text
+messages = [{"role": "user", "content": "x"}]
+text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+assert text == "<|im_start|>user\\nx<|im_end|>\\n<|im_start|>assistant\\n", text
 assert model.generation_config.eos_token_id == 1
 torch.save(model(torch.arange(3, 30)[None]).logits.detach(), out)
 """

@@ -25,8 +25,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
+from tunesmith.data.decode import parse_json
 from tunesmith.data.records import BadRow, Record
-from tunesmith.data.sources import parse_json
 from tunesmith.errors import DataError
 
 FormatName = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "text"]

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,25 +21,18 @@ from numpy.typing import NDArray
 from tunesmith.config import Config, SourceConfig
 from tunesmith.config.schema import Format
 from tunesmith.data import cache
+from tunesmith.data.decode import decode
 from tunesmith.data.formats import detect_format
-from tunesmith.data.prepare import PreparedRow, PrepareOptions, Preparer
+from tunesmith.data.prepare import PrepareOptions, Preparer
 from tunesmith.data.records import BadRow, RawRow
 from tunesmith.data.report import SourceReport
-from tunesmith.data.sources import decode, fingerprint_files, iter_rows, resolve_files
+from tunesmith.data.rows import CachedRows, LazyRows, Rows, StreamedRows
+from tunesmith.data.sources import fingerprint_files, is_hub_id, iter_rows, resolve_files
 from tunesmith.errors import DataError
 
 _SAMPLE_ROWS = 32  # looked at to find the format
 _PARALLEL_FROM_BYTES = 16 * 2**20
 Say = Callable[[str], None]
-
-
-class Rows(Protocol):
-    """Training or validation rows. Item i is example i of the plan's `lengths`, or row i where those are
-    unknown."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> PreparedRow: ...
 
 
 @dataclass
@@ -120,7 +112,7 @@ def _account(reports: list[SourceReport]) -> str:
 # --- one source
 
 
-def _open_source(
+def open_source(
     source: SourceConfig, config: Config, say: Say
 ) -> tuple[Callable[[], Iterator[RawRow]], PrepareOptions, SourceReport]:
     """Its rows (to iterate as often as wanted), how to prepare them, and an empty report."""
@@ -162,21 +154,13 @@ def _detect(rows: Callable[[], Iterator[RawRow]], path: str, columns: dict[str, 
 
 def _source_fingerprint(source: SourceConfig) -> str | None:
     """Hash of the files' content; None for a hub data set, whose name and revision stand for it."""
-    return fingerprint_files(resolve_files(source.path)) if not _is_hub(source.path) else None
-
-
-def _is_hub(path: str) -> bool:
-    try:
-        resolve_files(path)
-    except DataError:
-        return True
-    return False
+    return fingerprint_files(resolve_files(source.path)) if not is_hub_id(source.path) else None
 
 
 def _workers(config: Config, source: SourceConfig) -> int:
     if config.data.workers is not None:
         return config.data.workers
-    size = 0 if _is_hub(source.path) else sum(file.stat().st_size for file in resolve_files(source.path))
+    size = 0 if is_hub_id(source.path) else sum(file.stat().st_size for file in resolve_files(source.path))
     if size < _PARALLEL_FROM_BYTES:
         return 0
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -189,38 +173,13 @@ def _cache_dir(config: Config) -> Path:
 # --- cached
 
 
-class CachedRows:
-    """Examples on disk; item i is one example."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset.with_format("numpy")
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> PreparedRow:
-        row = self._dataset[int(index)]
-        return PreparedRow(str(row["place"]), (cache.read_example(row),))
-
-    def column(self, name: str) -> NDArray[Any]:
-        """One number of every example."""
-        values = self._dataset.with_format("arrow")[name]
-        return np.asarray(values.to_numpy() if hasattr(values, "to_numpy") else values)
-
-    def fingerprints(self) -> NDArray[np.uint64]:
-        return self.column("fingerprint")
-
-    def select(self, indices: NDArray[np.int64]) -> CachedRows:
-        return CachedRows(self._dataset.select(indices))
-
-
 def _load_cached(sources: list[SourceConfig], config: Config, tokenizer: Any, say: Say) -> RowSet:
     from datasets import concatenate_datasets
 
     datasets, reports, bounds, starts = [], [], [], [np.zeros(1, dtype=np.int64)]
     num_rows = num_examples = 0
     for source in sources:
-        rows, options, report = _open_source(source, config, say)
+        rows, options, report = open_source(source, config, say)
         key = cache.cache_key(
             _source_fingerprint(source) or "hub",
             tokenizer,
@@ -278,60 +237,10 @@ def _take(rows: RowSet, chosen: NDArray[np.bool_]) -> RowSet:
 # --- lazy
 
 
-class LazyRows:
-    """Raw rows on disk, tokenised when fetched; item i is one row."""
-
-    def __init__(
-        self,
-        datasets: list[Any],
-        preparers: list[Preparer],
-        *,
-        skip_bad_rows: bool,
-        items: NDArray[np.int64] | None = None,
-    ) -> None:
-        self._datasets = [dataset.with_format("arrow") for dataset in datasets]
-        self._preparers = preparers
-        self._skip_bad_rows = skip_bad_rows
-        self._ends = np.cumsum([len(dataset) for dataset in datasets])
-        self._items = np.arange(self._ends[-1]) if items is None else items
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> PreparedRow:
-        item = int(self._items[index])
-        source = int(np.searchsorted(self._ends, item, side="right"))
-        offset = item - (int(self._ends[source - 1]) if source else 0)
-        raw = {
-            key: column[0].as_py()
-            for key, column in zip(*_columns(self._datasets[source][offset]), strict=True)
-        }
-        row = cache.unpack_raw(**raw)
-        (outcome,) = self._preparers[source].prepare([row])
-        return _usable(outcome, self._skip_bad_rows)
-
-    def select(self, indices: NDArray[np.int64]) -> LazyRows:
-        return LazyRows(
-            self._datasets, self._preparers, skip_bad_rows=self._skip_bad_rows, items=self._items[indices]
-        )
-
-
-def _columns(table: Any) -> tuple[list[str], list[Any]]:
-    return table.column_names, table.columns
-
-
-def _usable(outcome: PreparedRow, skip_bad_rows: bool) -> PreparedRow:
-    if outcome.problem is not None and not skip_bad_rows:
-        raise DataError(
-            f"{outcome.place}: {outcome.problem}. Mend it, or leave such rows out: data.on_bad_row=skip."
-        )
-    return outcome
-
-
 def _load_lazy(sources: list[SourceConfig], config: Config, tokenizer: Any, say: Say) -> RowSet:
     datasets, preparers, reports, bounds, num_rows = [], [], [], [], 0
     for source in sources:
-        rows, options, report = _open_source(source, config, say)
+        rows, options, report = open_source(source, config, say)
         key = _source_fingerprint(source) or "hub-" + source.path.replace("/", "--").replace(":", "--")
         dataset = cache.write_raw(_cache_dir(config) / f"raw-{key}-{config.data.max_row_bytes}", rows)
         datasets.append(dataset)
@@ -348,61 +257,8 @@ def _load_lazy(sources: list[SourceConfig], config: Config, tokenizer: Any, say:
 # --- streaming
 
 
-class StreamedRows:
-    """Rows read in file order through a shuffle buffer, source by source in turn by their order in the
-    config, again from the start when all are read. Item i can only be fetched going forward; rows passed over
-    are not tokenised."""
-
-    def __init__(
-        self,
-        sources: list[tuple[Callable[[], Iterator[RawRow]], Preparer]],
-        *,
-        length: int,
-        buffer: int,
-        seed: int,
-        skip_bad_rows: bool,
-    ) -> None:
-        self._sources = sources
-        self._length = length
-        self._buffer = buffer
-        self._seed = seed
-        self._skip_bad_rows = skip_bad_rows
-        self._stream: Iterator[tuple[RawRow, Preparer]] | None = None
-        self._position = 0
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> PreparedRow:
-        if self._stream is None or index < self._position:
-            self._stream, self._position = self._shuffled(), 0
-        row, preparer = next(islice(self._stream, index - self._position, None))
-        self._position = index + 1
-        (outcome,) = preparer.prepare([row])
-        return _usable(outcome, self._skip_bad_rows)
-
-    def _in_order(self) -> Iterator[tuple[RawRow, Preparer]]:
-        while True:
-            found = False
-            for rows, preparer in self._sources:
-                for row in rows():
-                    found = True
-                    yield row, preparer
-            if not found:
-                raise DataError("data.train: there is no row in it.")
-
-    def _shuffled(self) -> Iterator[tuple[RawRow, Preparer]]:
-        rng = random.Random(self._seed)
-        source = self._in_order()
-        held = list(islice(source, self._buffer))
-        for row in source:
-            i = rng.randrange(len(held))
-            yield held[i]
-            held[i] = row
-
-
 def _load_streaming(sources: list[SourceConfig], config: Config, tokenizer: Any, say: Say) -> RowSet:
-    opened = [_open_source(source, config, say) for source in sources]
+    opened = [open_source(source, config, say) for source in sources]
     assert config.train.max_steps is not None  # the config's checks see to it
     num_rows = config.train.max_steps * config.train.batch_size
     rows = StreamedRows(

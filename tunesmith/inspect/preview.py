@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import get_args
 
@@ -33,6 +34,8 @@ def preview(
     template for conversations."""
     if rows < 1:
         raise ConfigError(f"--rows {rows}: expected 1 or more")
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # an old terminal lacks most of Unicode
     console = console or Console()
     notes = Console(stderr=True) if as_json else console
 
@@ -56,13 +59,13 @@ def preview(
 
 # --- the terminal
 
-# Told apart by more than hue: trained is bold on a filled ground, cut is struck through. Blue and vermilion are
-# the pair of Okabe and Ito's palette that all common colour blindness keeps apart. Every other token is a shade
-# different, which shows where tokens end.
+# Told apart by more than hue: trained is bold on a filled ground, cut is struck through. Blue and vermilion
+# are the pair of Okabe and Ito's palette that all common colour blindness keeps apart. Every other token is a
+# shade different, which shows where tokens end.
 _STYLES: dict[State, tuple[str, str]] = {
     "trained": ("bold #ffffff on #00568f", "bold #ffffff on #0072b2"),
     "context": ("", "dim"),
-    "cut": ("strike #d55e00", "strike dim #d55e00"),
+    "cut": ("strike #d55e00", "strike #b0764d"),
 }
 _SIGN_STYLE = "not bold #ffd479"
 _WORDS: dict[State, str] = {"trained": "trained", "context": "not trained", "cut": "cut"}
@@ -84,7 +87,7 @@ def _draw(shown: Sequence[ShownRow], console: Console) -> None:
             _print(console, Text(f"  notes: {', '.join(row.notes)}"))
         for i, text in enumerate(row.texts, 1):
             if len(row.texts) > 1:
-                _print(console, Text(f"  example {i} of {len(row.texts)} of this row"))
+                _print(console, Text("\n" * (i > 1) + f"  example {i} of {len(row.texts)} of this row"))
             for line in filter(None, (text.size, text.verdict, text.parity)):
                 _print(console, Text(f"  {line}"))
             drawn = _drawn_plainly(text, marks) if marks else _drawn(text)
@@ -144,7 +147,7 @@ def _drawn_plainly(text: ShownText, marks: dict[State, tuple[str, str]]) -> Text
         opening, closing = marks.get(state, ("", ""))
         if state == "trained" and weight != 1:
             opening = f"x{weight:g}{opening}"
-        # A last line break goes behind the mark: its sign is inside, and a mark alone on a line looks like text.
+        # A last line break goes behind the mark: its sign is inside, and a mark alone on a line looks odd.
         line_break = "\n" if run.endswith("\n") else ""
         drawn += opening + run.removesuffix("\n") + closing + line_break
     return Text(drawn)
@@ -190,8 +193,9 @@ def totals(report: SourceReport) -> list[str]:
     """The account of the rows shown, in lines."""
     share = 100 * report.target_tokens / max(report.tokens, 1)
     lines = [
-        f"{_count(report.rows_read, 'row')} shown: {report.rows_kept:,} kept, {report.rows_too_long:,} too long, "
-        f"{report.rows_bad:,} bad; {_count(report.examples, 'example')}, {_count(report.tokens, 'token')}, "
+        f"{_count(report.rows_read, 'row')} shown: {report.rows_kept:,} kept, "
+        f"{report.rows_too_long:,} too long, {report.rows_bad:,} bad; "
+        f"{_count(report.examples, 'example')}, {_count(report.tokens, 'token')}, "
         f"{report.target_tokens:,} trained ({share:.1f} %)"
     ]
     if report.tokens_cut:

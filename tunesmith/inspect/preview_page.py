@@ -1,6 +1,7 @@
 """`tunesmith preview --html`: one page that needs nothing else: no script, no font, no image, no network.
 
-Every text that comes from data passes through `escape`; the content security policy would stop what slipped by.
+Every text that comes from data passes through `escape`; the content security policy would stop what slipped
+by.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from html import escape
 
 from tunesmith.inspect.shown import ShownRow, ShownText, State, visible
 
-# As on the terminal, states are told apart by more than hue: trained is underlined on a filled ground, cut is struck
-# through. Blue and vermilion of Okabe and Ito's palette. Neighbouring tokens differ in shade.
+# As on the terminal, states are told apart by more than hue: trained is underlined on a filled ground, cut is
+# struck through. Blue and vermilion of Okabe and Ito's palette. Neighbouring tokens differ in shade.
 _STYLE = """
 :root { color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --ink: #1c2128; --soft: #5c6672; --line: #d9dee4; --chip: #eef1f4;
@@ -35,8 +36,8 @@ dt { color: var(--soft) }
 dd { margin: 0; overflow-wrap: anywhere }
 section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
   padding: 1rem 1.25rem 1.1rem; margin-top: 1.25rem }
-.chip { background: var(--chip); border-radius: 1rem; padding: .1rem .6rem; font-size: .8rem; color: var(--soft);
-  margin-left: .5rem; white-space: nowrap }
+.chip { background: var(--chip); border-radius: 1rem; padding: .1rem .6rem; font-size: .8rem;
+  color: var(--soft); margin-left: .5rem; white-space: nowrap }
 .bad { border-left: .3rem solid var(--cut-ink); padding-left: .6rem; overflow-wrap: anywhere }
 .bar { height: .35rem; border-radius: .2rem; background: var(--chip); overflow: hidden; margin: .5rem 0 }
 .bar > div { height: 100%; background: var(--mark) }

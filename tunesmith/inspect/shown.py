@@ -2,8 +2,8 @@
 
     rows of data.train --Preparer, as training--> ShownRow
 
-Only the rows shown are tokenised. What a row becomes is decided by `Preparer.prepare`; `Preparer.trace` adds what
-training throws away: the text, and where each token stands in it.
+Only the rows shown are tokenised. What a row becomes is decided by `Preparer.prepare`; `Preparer.trace` adds
+what training throws away: the text, and where each token stands in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from tunesmith.config import Config
-from tunesmith.data.loading import _open_source
+from tunesmith.data.loading import open_source
 from tunesmith.data.prepare import PreparedRow, Preparer, Trace
 from tunesmith.data.records import BadRow, Example, RawRow
 from tunesmith.data.report import SourceReport
@@ -29,9 +29,12 @@ Glyphs = list[tuple[str, bool]]  # what to draw, and whether it stands for somet
 
 @dataclass(frozen=True)
 class ShownText:
-    """One text of a row. Lists have an item for each token, those cut off among them: the first `num_kept` are
-    trained on, and `text` is what those spell. `pieces` are what the tokens spell one by one; a byte that is no
-    whole character is a surrogate U+DC80..U+DCFF. `parity` tells how the ids compare with apply_chat_template's."""
+    """One text of a row, and the example it makes.
+
+    Lists have an item for each token, those cut off among them: training gets the first `num_kept`, and
+    they spell `text`. `pieces` are what the tokens spell one by one, a byte that is no whole character being
+    a surrogate, U+DC80 and up. `verdict` says what `too_long` took, `parity` how the ids compare with those
+    of apply_chat_template."""
 
     ids: list[int]
     weights: list[float]
@@ -95,7 +98,7 @@ def show_rows(
 
 def _rows(config: Config, tokenizer: Any, say: Callable[[str], None]) -> Iterator[tuple[RawRow, Preparer]]:
     for source in config.data.train:
-        rows, options, _ = _open_source(source, config, say)
+        rows, options, _ = open_source(source, config, say)
         preparer = Preparer(tokenizer, options)
         for row in rows():
             yield row, preparer
@@ -185,7 +188,7 @@ def _parity(trace: Trace, tokenizer: Any) -> str:
 
 
 def _spelled(trace: Trace, tokenizer: Any) -> list[str]:
-    """Each token's share of the text; together they are the whole text, with the BOS and EOS around raw text."""
+    """Each token's share of the text; together they are all of it, with the BOS and EOS around raw text."""
     pieces, done = [], 0
     for id_, (start, end) in zip(trace.example.input_ids.tolist(), trace.offsets.tolist(), strict=True):
         pieces.append(trace.text[done:end] if start < end else tokenizer.convert_ids_to_tokens(id_))
@@ -237,8 +240,8 @@ def join_pieces(pieces: Iterable[str]) -> str:
 def visible(text: str) -> Glyphs:
     """Text such that nothing in it hides, moves the cursor or turns the writing around.
 
-    A line break is its sign and then the break itself; other controls are signs of Unicode's control pictures,
-    bytes that are no character are <F0>, and invisible characters are <U+200B>."""
+    A line break is its sign and then the break itself; other controls are Unicode's control pictures, bytes
+    that are no character are <F0>, and invisible characters are <U+200B>."""
     glyphs: Glyphs = []
     for char in text:
         sign = _sign(char)

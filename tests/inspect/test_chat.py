@@ -1,0 +1,267 @@
+"""Chat answers as plain transformers would with the same folder, and says what is wrong with a folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import make_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from tunesmith.errors import ModelError, TemplateError
+from tunesmith.inspect import chat as chat_module
+from tunesmith.inspect.chat import Found, chat, find_model
+
+QUESTION = "one two?"
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_tiny_model(tmp_path_factory.mktemp("chat") / "model")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter *= 4  # else it says the same letter whatever it is asked
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter whose update is not nil, as stock PEFT saves it: without a tokenizer."""
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
+        LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False),
+    )
+    folder = tmp_path_factory.mktemp("chat") / "adapter"
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights decide between near ties; in bfloat16 a kernel could decide otherwise."""
+    monkeypatch.setattr(chat_module, "compute_dtype", lambda _: (torch.float32, "for the test"))
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Pipes lines into a chat; returns what it printed on stdout and on stderr."""
+
+    def run(
+        model: Path | str, *lines: str, system: str | None = None, max_new_tokens: int = 8
+    ) -> tuple[str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        chat(str(model), system=system, max_new_tokens=max_new_tokens)
+        printed = capsys.readouterr()
+        return printed.out, printed.err
+
+    return run
+
+
+def greedy(model: Any, folder: Path, messages: list[dict[str, str]], number: int = 8) -> str:
+    """The answer by argmax, token by token, without generate."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        while len(ids) < start + number and ids[-1] != tokenizer.eos_token_id:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return str(tokenizer.decode(ids[start:], skip_special_tokens=True))
+
+
+def shown(answers: list[str]) -> str:
+    """What a pipe gets: the answers without what could drive a terminal."""
+    kept = ["".join(char for char in answer if char in "\n\t" or char.isprintable()) for answer in answers]
+    return "".join(f"{answer}\n" for answer in kept)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def test_a_pipe_gets_the_greedy_answers_and_the_second_knows_the_first(say: Any, model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    first = greedy(model, model_folder, [user(QUESTION)])
+    history = [user(QUESTION), {"role": "assistant", "content": first}, user("three?")]
+    second = greedy(model, model_folder, history)
+    alone = greedy(model, model_folder, [user("three?")])
+    assert second != alone  # else the test could not tell
+    out, err = say(model_folder, QUESTION, "three?", "/reset", "three?")
+    assert out == shown([first, second, alone])
+    assert "greedy (generation_config of" in err
+    assert "an answer ends at <|im_end|>" in err
+
+
+def test_the_system_prompt_is_there_and_stays_after_a_reset(say: Any, model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    expected = greedy(model, model_folder, [{"role": "system", "content": "red"}, user(QUESTION)])
+    assert expected != greedy(model, model_folder, [user(QUESTION)])
+    out, _ = say(model_folder, QUESTION, "/reset", QUESTION, "/exit", QUESTION, system="red")
+    assert out == shown([expected, expected])
+
+
+def test_an_adapter_is_put_on_the_base_it_names(say: Any, adapter_folder: Path, model_folder: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    plain = greedy(base, model_folder, [user(QUESTION)])
+    tuned = greedy(PeftModel.from_pretrained(base, adapter_folder), model_folder, [user(QUESTION)])
+    assert tuned != plain
+    out, err = say(adapter_folder, QUESTION)
+    assert out == shown([tuned])
+    assert f"adapter {adapter_folder} on {model_folder}" in err.replace("\n", "")
+
+
+def test_a_run_answers_with_its_best_and_without_one_with_its_final(
+    adapter_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(adapter_folder, tmp_path / "run" / "final")
+    assert find_model(str(tmp_path / "run")) == Found(str(model_folder), tmp_path / "run" / "final")
+    shutil.copytree(adapter_folder, tmp_path / "run" / "best")
+    assert find_model(str(tmp_path / "run")) == Found(str(model_folder), tmp_path / "run" / "best")
+    assert find_model(str(tmp_path / "run" / "final")) == Found(str(model_folder), tmp_path / "run" / "final")
+
+
+def test_the_adapters_own_generation_config_ends_the_answer(
+    say: Any, adapter_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    messages = [user(QUESTION)]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
+    tuned = PeftModel.from_pretrained(base, adapter_folder)
+    whole = tuned.generate(input_ids=torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[
+        0, len(prompt) :
+    ]
+    stop = int(whole[3])
+    folder = Path(shutil.copytree(adapter_folder, tmp_path / "adapter"))
+    GenerationConfig(eos_token_id=[1, stop], pad_token_id=1).save_pretrained(folder)
+    until = whole[: whole.tolist().index(stop) + 1]
+    assert len(until) < len(whole)
+    out, err = say(folder, QUESTION)
+    assert out == shown([tokenizer.decode(until, skip_special_tokens=True)])
+    assert "cut off" not in err
+    _, err = say(adapter_folder, QUESTION)
+    assert "cut off at --max-new-tokens 8" in err
+
+
+def test_sampling_is_used_and_named_where_the_folder_asks_for_it(
+    say: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    GenerationConfig(
+        do_sample=True, temperature=0.5, top_p=0.9, eos_token_id=1, pad_token_id=1
+    ).save_pretrained(folder)
+    _, err = say(folder)
+    assert "sampling, temperature 0.5, top_p 0.9" in err
+
+
+def test_a_control_string_in_a_question_is_plain_text(model_folder: Path) -> None:
+    talker = chat_module.load_talker(Found(str(model_folder)), None, 4)
+    talker.messages.append(user("a<|im_end|>b"))
+    ids = talker.prompt_ids()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
+        talker.messages, add_generation_prompt=True, tokenize=False
+    )
+    # One <|im_end|> is the template's; served naively there would be two.
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talker = chat_module.load_talker(Found(str(model_folder)), None, 8)
+    whole = greedy(talker.model, model_folder, [user(QUESTION)])
+    forward, calls = talker.model.forward, iter(range(100))
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(*args, **options)
+
+    monkeypatch.setattr(talker.model, "forward", interrupted)
+    lines: Iterator[str] = iter([QUESTION, "/reset", QUESTION])
+    capsys.readouterr()
+    chat_module._converse(talker, lines, is_terminal=True)
+    printed = capsys.readouterr()
+    tokenizer = talker.tokenizer
+    prompt = (
+        talker.encoder
+        and tokenizer.apply_chat_template([user(QUESTION)], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+    )
+    three = talker.model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=3)[0, len(prompt) :]
+    assert printed.out == shown([tokenizer.decode(three, skip_special_tokens=True), whole])
+    assert "stopped" in printed.err
+
+
+def test_a_conversation_longer_than_the_model_is_refused_in_words(say: Any, model_folder: Path) -> None:
+    out, err = say(model_folder, "x" * 600)
+    assert out == ""
+    assert "the model reads 512. /reset begins anew." in err
+
+
+def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
+    assert chat_module._harmless("a\x1b[2J\tb\n\x9bc\r\u00e9") == "a[2J\tb\nc\u00e9"
+
+
+# --- what is no model
+
+
+def test_a_folder_without_a_model_lists_what_is_in_it(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(ModelError, match=r"holds no model: .*; found notes\.txt, old/\.$"):
+        find_model(str(tmp_path))
+
+
+def test_a_run_that_saved_nothing_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(ModelError, match="It is a run that has saved nothing yet"):
+        find_model(str(tmp_path))
+
+
+def test_a_path_that_is_not_there_names_near_ones_and_a_hub_id_is_left_to_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "alpaca").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=r"there is no such folder\. Near names in runs: alpaca\."):
+        find_model("runs/alpacca")
+    assert find_model("Qwen/Qwen2.5-0.5B-Instruct") == Found("Qwen/Qwen2.5-0.5B-Instruct")
+
+
+def test_a_file_and_a_broken_adapter_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}), encoding="utf-8")
+    with pytest.raises(ModelError, match="names no base model"):
+        find_model(str(tmp_path))
+    with pytest.raises(ModelError, match="is a file; expected the folder"):
+        find_model(str(tmp_path / "adapter_config.json"))
+
+
+def test_a_base_that_has_moved_is_named(adapter_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(adapter_folder, tmp_path / "adapter"))
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings["base_model_name_or_path"] = str(tmp_path / "gone")
+    (folder / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"gone: no tokenizer can be loaded"):
+        chat(str(folder), system=None, max_new_tokens=8)
+
+
+def test_a_model_without_a_chat_template_is_no_chat_model(model_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(TemplateError, match="has no chat template"):
+        chat(str(folder), system=None, max_new_tokens=8)
