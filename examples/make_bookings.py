@@ -9,7 +9,7 @@ A row is {"messages": [system, user, assistant]}. The answer always has the same
 `time` is on the 24-hour clock (dinner is from 17:00 to 21:45, so "half past seven" can only be 19:30);
 `seating` is "inside", "outside", or null when the guest does not say. Little can be copied: numbers are words
 or digits, days are shortened, times are spoken, guests count themselves ("me and three friends" are 4),
-change their mind ("Friday, no, Saturday"), write in small letters, and mention other days, people and numbers.
+change their mind ("Friday, no, Saturday"), write in small letters, and mention other days and numbers.
 
 Held out: no first or last name and no booking (guests, day, time) of the valid rows is in the train rows.
 """
@@ -167,20 +167,12 @@ def spoken_time(rng: random.Random, time: str) -> str:
     """One of the ways to say a time of the afternoon or evening, "19:30"."""
     hour, minute = map(int, time.split(":"))
     hour12 = (hour - 1) % 12 + 1
-    after = WORDS[hour12 % 12 + 1]
     here = WORDS[hour12]
-    ways = [
-        f"{hour}:{minute:02}",
-        f"{hour12}:{minute:02} pm" if minute else f"{hour12} pm",
-        f"{hour12}.{minute:02}pm" if minute else f"{hour12}pm",
-        {
-            0: f"{here} o'clock",
-            15: f"quarter past {here}",
-            30: f"half past {here}",
-            45: f"quarter to {after}",
-        }[minute],
-        {0: here, 15: f"{here} fifteen", 30: f"{here} thirty", 45: f"{here} forty-five"}[minute],
-    ]
+    words = f"{here} {['', 'fifteen', 'thirty', 'forty-five'][minute // 15]}".strip()
+    # No "quarter to nine": 600 rows did not teach this model that it is 20:45; half of all errors were there.
+    spoken = [f"{here} o'clock", f"quarter past {here}", f"half past {here}", words][minute // 15]
+    pm = rng.choice([f"{hour12}:{minute:02} pm", f"{hour12}.{minute:02}pm"]) if minute else f"{hour12}pm"
+    ways = [f"{hour}:{minute:02}", pm, spoken, words]
     return rng.choice(["at ", "at ", "for "]) + rng.choice(ways)
 
 
@@ -257,7 +249,7 @@ def draw_booking(rng: random.Random, first_names: list[str], last_names: list[st
         name=f"{rng.choice(first_names)} {rng.choice(last_names)}",
         guests=rng.choices(range(1, 9), weights=[2, 5, 4, 4, 3, 3, 2, 2])[0],
         day=rng.choice(DAYS).lower(),
-        time=f"{rng.randrange(17, 22)}:{rng.choice([0, 15, 30, 30, 45]):02}",
+        time=f"{rng.randrange(17, 22)}:{rng.choice([0, 15, 30, 45]):02}",
         seating=rng.choice(["inside", "outside", None]),
     )
 
@@ -297,9 +289,9 @@ def make(folder: Path) -> None:
     rng.shuffle(first_names)
     rng.shuffle(last_names)
     # The valid rows are drawn first, so that they stay the same when NUM_TRAIN changes.
-    valid = make_rows(rng, first_names[:50], last_names[:50], NUM_VALID, set())
+    valid = make_rows(rng, first_names[:80], last_names[:80], NUM_VALID, set())
     held_out = {(booking.guests, booking.day, booking.time) for booking in valid.values()}
-    train = make_rows(rng, first_names[50:], last_names[50:], NUM_TRAIN, held_out)
+    train = make_rows(rng, first_names[80:], last_names[80:], NUM_TRAIN, held_out)
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "train.jsonl", train)
     write(folder / "valid.jsonl", valid)

@@ -1,7 +1,7 @@
 """tunesmith: exact fine-tuning of causal language models.
 
-    import tunesmith
-    result = tunesmith.sft("config.yaml")
+import tunesmith
+result = tunesmith.sft("config.yaml")
 """
 
 from __future__ import annotations

@@ -4,65 +4,110 @@ quick."""
 from __future__ import annotations
 
 import argparse
+import difflib
+import errno
+import os
 import sys
+import traceback
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
-from tunesmith.errors import TunesmithError, UserError
+from tunesmith.errors import Interrupted, TunesmithError, UserError
 
-_EPILOG = """exit codes: 0 done, 1 the run failed, 2 your input is wrong, 130/143 stopped by a signal after
-saving"""
+_EPILOG = """exit codes: 0 done, 1 the run failed, 2 your input is wrong, 130/143 stopped by SIGINT/SIGTERM,
+141 the reader of the output went away"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    """Run one verb; returns the exit code. As argparse does it, `--help`, `--version` and arguments that are
+    none raise SystemExit."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a stream that is not UTF-8 must not end a run
+    options = _parse(list(sys.argv[1:] if arguments is None else arguments))
     try:
         options.run(options)
-    except TunesmithError as error:
-        if options.debug:
-            raise
-        kind = "error" if isinstance(error, UserError) else "failed"
-        _complain(str(error) if error.exit_code > 2 else f"{kind}: {error}")
-        return error.exit_code
+        sys.stdout.flush()  # here, and not at exit, so that a reader that has gone is met below
     except KeyboardInterrupt:
-        _complain("stopped at once; the newest complete checkpoint is whole")
+        is_run = options.verb == "sft"
+        _complain("stopped at once", "; checkpoints that were complete still are" if is_run else "")
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone; nothing is wrong
-        return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        return 141  # as shells have it: 128 + SIGPIPE
     except Exception as error:
         if options.debug:
-            raise
-        _complain(
-            f"failed: {type(error).__name__}: {error}\n"
-            "This is a fault of tunesmith or a library. --debug shows the traceback."
-        )
-        return 1
+            traceback.print_exc()
+        else:
+            _complain(*_explain(error))
+        return error.exit_code if isinstance(error, TunesmithError) else 1
     return 0
 
 
-def _complain(message: str) -> None:
+def _explain(error: Exception) -> tuple[str, str]:
+    """What kind of end this is, and what is to be said about it."""
+    if isinstance(error, UserError):
+        return "error: ", str(error)
+    if isinstance(error, Interrupted):
+        return "", str(error)
+    if isinstance(error, TunesmithError):
+        return "failed: ", str(error)
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; to import torch here would cost seconds
+        fix = "Lower train.micro_batch_tokens, or set train.gradient_checkpointing=true."
+        return "failed: ", f"the accelerator's memory is full. {fix}\n{str(error).partition('. ')[0]}."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "failed: ", f"the disk is full: {error.filename or 'while writing'}"
+    return "failed: ", (
+        f"{type(error).__name__}: {error}\n"
+        "This is a fault of tunesmith or a library. --debug shows the traceback."
+    )
+
+
+def _complain(head: str, message: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    head, separator, rest = message.partition(": ")
-    Console(stderr=True, soft_wrap=True).print(
-        Text.assemble((head + separator, "bold red"), rest), highlight=False
-    )
+    console = Console(stderr=True, soft_wrap=True)
+    # rich keeps bold under NO_COLOR.
+    console.print(Text.assemble((head, "" if console.no_color else "bold red"), message), highlight=False)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of one verb. What argparse leaves over are overrides, wherever they stand; one written with
+    dashes is refused by the config, with how to write it."""
+    parser, verbs = _parser()
+    first = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if first is not None and first not in verbs:
+        near = difflib.get_close_matches(first, verbs, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = f" Did you mean tunesmith sft {first}?" if first.endswith((".yaml", ".yml")) else hint
+        parser.error(f"there is no verb {first!r}.{hint} Verbs: {', '.join(verbs)}")
+    options, left_over = parser.parse_known_args(arguments)
+    is_override = ["=" in argument and "." in argument for argument in left_over]
+    if not all(is_override) or (left_over and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(left_over)} (tunesmith {options.verb} --help)")
+    if left_over:
+        options.overrides = [*options.overrides, *left_over]
+    return options
+
+
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser, and the verbs it knows."""
     from tunesmith import __version__
 
+    debug = "show the traceback of an error"
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    # Without a default: a verb's would undo a --debug before the verb.
+    common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
     parser = argparse.ArgumentParser(
-        prog="tunesmith", description="Exact fine-tuning of causal language models.", epilog=_EPILOG
+        prog="tunesmith",
+        description="Exact fine-tuning of causal language models.",
+        epilog=_EPILOG,
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"tunesmith {__version__}")
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    parser.add_argument("--debug", action="store_true", help=debug)
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB", dest="verb")
 
     sft = verbs.add_parser(
         "sft", parents=[common], help="supervised fine-tuning", description="Supervised fine-tuning."
@@ -111,13 +156,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Print the JSON schema of a config, for editors.",
     )
     schema.set_defaults(run=_schema)
-    return parser
+    return parser, list(verbs.choices)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings that override the file's"
+        "overrides",
+        nargs="*",
+        default=[],  # or argparse says that one is required
+        metavar="section.key=value",
+        help="settings that override the file's",
     )
 
 
@@ -164,9 +213,10 @@ def _schema(_: argparse.Namespace) -> None:
 
 def _quiet_libraries() -> None:
     """What transformers and datasets log is for their developers; what a user needs we say ourselves."""
-    import os
+    import logging
     import warnings
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that nothing here needs
     warnings.filterwarnings("ignore", category=FutureWarning, module="(transformers|peft|accelerate)")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

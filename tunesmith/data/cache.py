@@ -14,7 +14,9 @@ import hashlib
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -86,28 +88,36 @@ def open_or_prepare(
     Raises DataError for bad rows when `refuse_bad_rows`, and what Preparer raises; nothing is left behind
     then."""
     from datasets import Dataset
-    from filelock import FileLock
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir()
-            try:
-                _write(
-                    building / "examples.arrow", rows(), preparer, report, workers=workers, progress=progress
-                )
-                if refuse_bad_rows:
-                    report.refuse_bad_rows()
-                (building / "report.json").write_text(json.dumps(report.as_dict()), encoding="utf-8")
-                building.rename(folder)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
+    def build(building: Path) -> None:
+        _write(building / "examples.arrow", rows(), preparer, report, workers=workers, progress=progress)
+        if refuse_bad_rows:
+            report.refuse_bad_rows()
+        (building / "report.json").write_text(json.dumps(report.as_dict()), encoding="utf-8")
+
+    _build_once(folder, build)
     dataset = Dataset.from_file(str(folder / "examples.arrow"))
     return Prepared(
         dataset, SourceReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
     )
+
+
+def _build_once(folder: Path, build: Callable[[Path], None]) -> None:
+    """Have `build` make the folder unless it is there: one process at a time, whole or not at all."""
+    from filelock import FileLock
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            return
+        building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        try:
+            build(building)
+            building.rename(folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def _schema() -> Any:
@@ -167,25 +177,36 @@ def _prepare_all(
         return
     # spawn: a fork would copy the locks of torch's and the tokenizer's threads in whatever state they are.
     context = multiprocessing.get_context("spawn")
-    free = threading.BoundedSemaphore(workers * _IN_FLIGHT_PER_WORKER)
+    free = threading.Semaphore(workers * _IN_FLIGHT_PER_WORKER)
+    stopped = threading.Event()
 
     def admitted() -> Iterator[_Chunk]:
         for chunk in chunks:
             free.acquire()
+            if stopped.is_set():
+                return
             yield chunk
 
-    with context.Pool(workers, initializer=_start_worker, initargs=(preparer, empty)) as pool:
-        for result in pool.imap(_in_worker, admitted()):
+    with context.Pool(workers, initializer=_start_worker, initargs=(pickle.dumps(preparer), empty)) as pool:
+        try:
+            for result in pool.imap(_in_worker, admitted()):
+                free.release()
+                yield result
+        finally:
+            # The pool waits for the thread that feeds it, and that thread for a chunk to be done.
+            stopped.set()
             free.release()
-            yield result
 
 
 _worker_state: list[Any] = []  # (Preparer, empty report) of this worker process
 
 
-def _start_worker(preparer: Preparer, empty: SourceReport) -> None:
+def _start_worker(preparer: bytes, empty: SourceReport) -> None:
+    """`preparer` is pickled, so that this runs before transformers is imported to make it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker_state[:] = [preparer, empty]
+    # transformers imports torch where it finds it: 200 MB a worker, for text that needs none.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    _worker_state[:] = [pickle.loads(preparer), empty]
 
 
 def _in_worker(chunk: _Chunk) -> tuple[bytes, SourceReport]:
@@ -239,27 +260,22 @@ def write_raw(folder: Path, rows: Callable[[], Iterator[RawRow]]) -> Any:
     tokenising."""
     import pyarrow as pa
     from datasets import Dataset
-    from filelock import FileLock
 
     schema = pa.schema({"place": pa.string(), "payload": pa.large_binary(), "problem": pa.string()})
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            building = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir()
-            with (
-                pa.OSFile(str(building / "rows.arrow"), "wb") as sink,
-                pa.ipc.new_stream(sink, schema) as stream,
-            ):
-                for _, chunk in _chunks(rows()):
-                    packed = [pack_raw(row) for row in chunk]
-                    arrays = [
-                        pa.array(list(column), type=field.type)
-                        for column, field in zip(zip(*packed, strict=True), schema, strict=True)
-                    ]
-                    stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
-            building.rename(folder)
+
+    def build(building: Path) -> None:
+        with (
+            pa.OSFile(str(building / "rows.arrow"), "wb") as sink,
+            pa.ipc.new_stream(sink, schema) as stream,
+        ):
+            for _, chunk in _chunks(rows()):
+                columns = zip(*map(pack_raw, chunk), strict=True)
+                arrays = [
+                    pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)
+                ]
+                stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+
+    _build_once(folder, build)
     return Dataset.from_file(str(folder / "rows.arrow"))
 
 

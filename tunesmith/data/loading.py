@@ -7,10 +7,10 @@ what is known beforehand. Cached rows have lengths, so passes can be filled to t
 
 from __future__ import annotations
 
-import json
 import os
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,6 @@ class Data:
     valid: RowSet | None
     overlap: int | None = None
     duplicates: int | None = None
-    _reports: dict[str, Any] = field(default_factory=dict)
 
     def report(self) -> dict[str, Any]:
         """The content of `data_report.json`."""
@@ -166,6 +165,20 @@ def _workers(config: Config, source: SourceConfig) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _tell_now_and_then(path: str, say: Say) -> Callable[[int], None]:
+    """Takes numbers of rows prepared and says how many there are, every ten seconds."""
+    done, told_at = 0, time.monotonic()
+
+    def add(rows: int) -> None:
+        nonlocal done, told_at
+        done += rows
+        if time.monotonic() - told_at >= 10:
+            told_at = time.monotonic()
+            say(f"{path}: {done:,} rows prepared")
+
+    return add
+
+
 def _cache_dir(config: Config) -> Path:
     return Path(config.data.cache_dir) if config.data.cache_dir else cache.default_cache_dir()
 
@@ -195,7 +208,7 @@ def _load_cached(sources: list[SourceConfig], config: Config, tokenizer: Any, sa
             report,
             workers=_workers(config, source),
             refuse_bad_rows=config.data.on_bad_row == "error",
-            progress=lambda _: None,
+            progress=_tell_now_and_then(source.path, say),
         )
         datasets.append(prepared.dataset)
         reports.append(prepared.report)
@@ -272,8 +285,3 @@ def _load_streaming(sources: list[SourceConfig], config: Config, tokenizer: Any,
     return RowSet(
         rows, lengths, np.arange(num_rows + 1), [(0, num_rows, 1.0)], [report for _, _, report in opened]
     )
-
-
-def write_report(data: Data, file: Path) -> None:
-    """Write `data_report.json`."""
-    file.write_text(json.dumps(data.report(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -10,13 +10,19 @@ from typing import Any
 from tunesmith.data.prepare import PreparedRow
 from tunesmith.errors import DataError
 
-# A report lists the rows themselves up to this many, and counts all of them.
+# Of bad, cut and left out rows, each, a report lists this many, and counts all of them.
 _MAX_LISTED = 10_000
 
 
 @dataclass
 class SourceReport:
-    """Counts of one source. rows_read = rows_kept + rows_bad + rows_too_long, for any input."""
+    """Counts of one source. For any input
+
+        rows_read = rows_kept + rows_bad + rows_too_long
+
+    where a row is kept if one of its examples is. `tokens` and `target_tokens` are what is trained on;
+    `..._cut` what `too_long: truncate` took from kept examples; `..._too_long` what was left out with whole
+    examples."""
 
     path: str
     format: str
@@ -28,6 +34,7 @@ class SourceReport:
     examples: int = 0
     tokens: int = 0
     target_tokens: int = 0
+    examples_cut: int = 0
     tokens_cut: int = 0
     target_tokens_cut: int = 0
     examples_too_long: int = 0
@@ -35,7 +42,8 @@ class SourceReport:
     target_tokens_too_long: int = 0
     bad_by_reason: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    listed: list[dict[str, str]] = field(default_factory=list)
+    bad: list[dict[str, str]] = field(default_factory=list)
+    shortened: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, row: PreparedRow) -> None:
         """Count one row."""
@@ -44,7 +52,7 @@ class SourceReport:
         if row.problem is not None:
             self.rows_bad += 1
             self.bad_by_reason[row.problem.reason] += 1
-            self._list(row.place, row.problem.reason, row.problem.detail)
+            _list(self.bad, row.place, row.problem.reason, row.problem.detail)
             return
         self.rows_kept += bool(row.examples)
         self.rows_too_long += not row.examples
@@ -52,21 +60,19 @@ class SourceReport:
             self.examples_too_long += 1
             self.tokens_too_long += tokens
             self.target_tokens_too_long += targets
-            self._list(row.place, "too_long", f"{tokens} tokens, {targets} of them targets: left out")
-        cut = [example for example in row.examples if example.num_cut_tokens]
-        self.rows_cut += bool(cut)
-        for example in cut:
-            self.tokens_cut += example.num_cut_tokens
-            self.target_tokens_cut += example.num_cut_targets
-            self._list(row.place, "cut", f"{example.num_cut_tokens} tokens cut, {example.num_cut_targets} of them targets")
+            lost = f"{tokens} tokens, {targets} of them targets: left out"
+            _list(self.shortened, row.place, "too_long", lost)
         for example in row.examples:
             self.examples += 1
             self.tokens += len(example.input_ids)
             self.target_tokens += example.num_targets
-
-    def _list(self, place: str, what: str, detail: str) -> None:
-        if len(self.listed) < _MAX_LISTED:
-            self.listed.append({"place": place, "what": what, "detail": detail})
+            if example.num_cut_tokens:
+                self.examples_cut += 1
+                self.tokens_cut += example.num_cut_tokens
+                self.target_tokens_cut += example.num_cut_targets
+                lost = f"{example.num_cut_tokens} tokens cut, {example.num_cut_targets} of them targets"
+                _list(self.shortened, row.place, "cut", lost)
+        self.rows_cut += any(example.num_cut_tokens for example in row.examples)
 
     def merge(self, other: SourceReport) -> None:
         """Add the counts of another part of the same source."""
@@ -76,14 +82,14 @@ class SourceReport:
                 setattr(self, item.name, mine + theirs)
             elif isinstance(mine, Counter):
                 mine.update(theirs)
-        self.listed += other.listed[: _MAX_LISTED - len(self.listed)]
+            elif isinstance(mine, list):
+                mine += theirs[: _MAX_LISTED - len(mine)]
 
     def refuse_bad_rows(self) -> None:
         """Raise DataError with the first 20 bad rows and the counts by reason, if there is any."""
         if not self.rows_bad:
             return
-        bad = [item for item in self.listed if item["what"] in self.bad_by_reason]
-        lines = [f"{item['place']}: {item['what']}: {item['detail']}" for item in bad[:20]]
+        lines = [f"{item['place']}: {item['what']}: {item['detail']}" for item in self.bad[:20]]
         if self.rows_bad > len(lines):
             lines.append(f"... and {self.rows_bad - len(lines)} more")
         counts = ", ".join(f"{reason} {count}" for reason, count in self.bad_by_reason.most_common())
@@ -94,14 +100,24 @@ class SourceReport:
         raise DataError("\n".join(lines))
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {
+        """Plain JSON; `not_listed` are the entries that `bad` and `shortened` had no room for."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        num_entries = self.rows_bad + self.examples_too_long + self.examples_cut
+        return values | {
             "bad_by_reason": dict(self.bad_by_reason),
             "notes": dict(self.notes),
-            "listed": self.listed,
-            "not_listed": max(0, self.rows_bad + self.examples_too_long + self.rows_cut - len(self.listed)),
+            "not_listed": num_entries - len(self.bad) - len(self.shortened),
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SourceReport:
+        """The inverse of `as_dict`."""
         values = {key: value for key, value in values.items() if key != "not_listed"}
-        return cls(**values | {"bad_by_reason": Counter(values["bad_by_reason"]), "notes": Counter(values["notes"])})
+        return cls(
+            **values | {"bad_by_reason": Counter(values["bad_by_reason"]), "notes": Counter(values["notes"])}
+        )
+
+
+def _list(entries: list[dict[str, str]], place: str, what: str, detail: str) -> None:
+    if len(entries) < _MAX_LISTED:
+        entries.append({"place": place, "what": what, "detail": detail})

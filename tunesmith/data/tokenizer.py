@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config import Config
-from tunesmith.data.templates import CHATML
+from tunesmith.data.templates import CHATML, REFUSALS
 from tunesmith.errors import ModelError, TemplateError
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The tokenizer of `model.tokenizer` (or `model.path`) with `data.template` and `adapter.trainable_tokens` in it.
+    """The tokenizer of `model.tokenizer` (or `model.path`) with `data.template` and
+    `adapter.trainable_tokens` in it.
 
-    Raises ModelError if there is none, TemplateError if `data.template` is a file that is no Jinja template."""
+    Raises ModelError if there is none, TemplateError if `data.template` is a file that is no Jinja
+    template."""
     from transformers import AutoTokenizer
 
     name = config.model.tokenizer or config.model.path
@@ -24,13 +26,12 @@ def load_tokenizer(config: Config) -> Any:
     except (OSError, ValueError, KeyError, ImportError) as error:
         key = "model.tokenizer" if config.model.tokenizer else "model.path"
         raise ModelError(f"{key}={name}: no tokenizer can be loaded from it: {_first_line(error)}") from error
-    new_tokens = [token for token in config.adapter.trainable_tokens if token not in tokenizer.get_vocab()]
-    if new_tokens:
-        tokenizer.add_special_tokens({"additional_special_tokens": new_tokens}, replace_extra_special_tokens=False)
+    vocab = tokenizer.get_vocab()
+    _add_control_tokens(tokenizer, [token for token in config.adapter.trainable_tokens if token not in vocab])
     if config.data.template == "chatml":
         _set_up_chatml(tokenizer)
     elif config.data.template != "auto":
-        tokenizer.chat_template = Path(config.data.template).read_text(encoding="utf-8")
+        tokenizer.chat_template = _read_template(config.data.template)
     if tokenizer.chat_template:
         _check_template(tokenizer, config.data.template)
     if tokenizer.pad_token is None:
@@ -40,28 +41,44 @@ def load_tokenizer(config: Config) -> Any:
 
 
 def _set_up_chatml(tokenizer: Any) -> None:
-    """ChatML on a base model: its template, its two tokens, and `<|im_end|>` as the end that generation stops at."""
-    missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_vocab()]
-    if missing:
-        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+    """ChatML on a base model: its template, its two tokens, and `<|im_end|>` as the end that generation stops
+    at."""
+    _add_control_tokens(tokenizer, ["<|im_start|>", "<|im_end|>"])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = CHATML
     tokenizer.eos_token = "<|im_end|>"
 
 
-def _check_template(tokenizer: Any, name: str) -> None:
-    from jinja2 import TemplateError as JinjaError
-
-    try:
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenize=False
+def _add_control_tokens(tokenizer: Any, tokens: list[str]) -> None:
+    """Make each a control token: a new one, or the word of the vocabulary that it is already."""
+    if tokens:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": tokens}, replace_extra_special_tokens=False
         )
-    except JinjaError as error:
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TemplateError(
+            f"data.template={path}: byte {error.start} is not UTF-8; expected a Jinja file"
+        ) from error
+    except OSError as error:
+        raise TemplateError(f"data.template={path}: it cannot be read: {error.strerror}") from error
+
+
+def _check_template(tokenizer: Any, name: str) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        tokenizer.apply_chat_template(messages, tokenize=False)
+    except REFUSALS as error:
         line = getattr(error, "lineno", None)
         place = f"line {line}: " if line else ""
         raise TemplateError(
-            f"data.template={name}: the chat template cannot render one question and one answer: {place}{error}"
+            f"data.template={name}: the chat template cannot render one question and one answer: "
+            f"{place}{error}"
         ) from error
 
 

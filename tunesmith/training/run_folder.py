@@ -58,9 +58,6 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.checkpoint.keep)
 
-    def is_finished(self) -> bool:
-        return self.summary.is_file()
-
     def find_start(self, config: Config, say: Say) -> Checkpoint | None:
         """The checkpoint to go on from, or None to start afresh, by `run.resume`.
 
