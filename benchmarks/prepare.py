@@ -2,9 +2,9 @@
 
     python -m benchmarks.prepare TOKENIZER [--gigabytes 1] [--workers 2]
 
-Writes a jsonl of the size asked for (seeded; about 900 bytes a row), prepares it as `data.loading: cached` does,
-opens it again from the cache, and prints one JSON object. Memory is the peak of the resident memory of this
-process, of its largest worker, and of all together, sampled ten times a second.
+Writes a jsonl of the size asked for (seeded; about 900 bytes a row), prepares it as `data.loading: cached`
+does, opens it again from the cache, and prints one JSON object. Memory is the peak of the resident memory of
+this process, of its largest worker, and of all together, sampled ten times a second.
 """
 
 from __future__ import annotations
@@ -24,11 +24,64 @@ from tunesmith.config import load_config
 from tunesmith.data.loading import load_data
 from tunesmith.data.tokenizer import load_tokenizer
 
-_WORDS = (
-    "time year people way day man thing woman life child world school state family student group country problem hand "
-    "part place case week company system program question work government number night point home water room mother "
-    "area money story fact month lot right study book eye job word business issue side kind head house service friend"
-).split()
+_WORDS = [
+    "time",
+    "year",
+    "people",
+    "way",
+    "day",
+    "man",
+    "thing",
+    "woman",
+    "life",
+    "child",
+    "world",
+    "school",
+    "state",
+    "family",
+    "student",
+    "group",
+    "country",
+    "problem",
+    "hand",
+    "part",
+    "place",
+    "case",
+    "week",
+    "company",
+    "system",
+    "program",
+    "question",
+    "work",
+    "government",
+    "number",
+    "night",
+    "point",
+    "home",
+    "water",
+    "room",
+    "mother",
+    "area",
+    "money",
+    "story",
+    "fact",
+    "month",
+    "lot",
+    "right",
+    "study",
+    "book",
+    "eye",
+    "job",
+    "word",
+    "business",
+    "issue",
+    "side",
+    "kind",
+    "head",
+    "house",
+    "service",
+    "friend",
+]
 
 
 def write_rows(file: Path, size: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,28 @@ def test_train_false_and_weights_of_messages(tiny_tokenizer: Any) -> None:
         ("<|im_start|>user\nc<|im_end|>\n", 0.25),
         ("d<|im_end|>\n", 2),
     ]
+
+
+def test_tool_calls_a_template_would_drop_are_trained_as_their_json(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "1 + 1?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "2"},
+            {"role": "assistant", "content": "It is 2."},
+        ]
+    }
+    assert targets(tokenizer, example(tokenizer, row)) == [
+        ('{"name": "add", "arguments": {"a": 1}}<|im_end|>\n', 1.0),
+        ("It is 2.<|im_end|>\n", 1.0),
+    ]
+    assert "tool_calls_as_text" in prepared(tokenizer, row).notes
 
 
 def test_train_on_last_and_all(tiny_tokenizer: Any) -> None:

@@ -85,8 +85,6 @@ def _expected(tokenizer: Any, chats: list[tuple[str, str] | None], too_long: str
             counts["rows_kept"] += 1
             counts["tokens"] += tokens
             counts["target_tokens"] += targets
-        elif too_long == "error":
-            counts["rows_bad"] += 1
         elif too_long == "truncate" and left > 0:
             counts["rows_kept"] += 1
             counts["rows_cut"] += 1
@@ -101,7 +99,7 @@ def _expected(tokenizer: Any, chats: list[tuple[str, str] | None], too_long: str
     return counts
 
 
-@pytest.mark.parametrize("too_long", ["drop", "truncate", "error"])
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
 def test_the_report_agrees_with_an_independent_count(
     too_long: str, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
@@ -115,8 +113,16 @@ def test_the_report_agrees_with_an_independent_count(
     assert len(report["shortened"]) == report["rows_cut"] + report["rows_too_long"]
     assert report["not_listed"] == 0
     assert expected["rows_kept"] > 40
-    assert expected["rows_bad" if too_long == "error" else "rows_too_long"] > 10
+    assert expected["rows_too_long"] > 10
     assert expected["rows_cut"] > 10 or too_long != "truncate"
+
+
+def test_too_long_error_stops_with_the_rows_and_their_count(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    chats = _write_rows(tmp_path / "rows.jsonl", 300)
+    config = _config(tmp_path, tiny_tokenizer, too_long="error")
+    expected = _expected(tiny_tokenizer, chats, "drop")
+    with pytest.raises(DataError, match=rf"too_long {expected['rows_too_long']}\b"):
+        load_data(config, tiny_tokenizer)
 
 
 def _contents(data: Data) -> list[tuple[str, list[int], list[float]]]:

@@ -40,13 +40,16 @@ def gradients(model):
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_evaluating_a_quantised_model_does_not_change_its_gradients(model_folder, quantization):
-    """bitsandbytes 0.50 repacks 4-bit weights in an evaluation on some CPUs, after which gradients are wrong."""
+    """bitsandbytes 0.50 repacks 4-bit weights in an evaluation on some CPUs, after which gradients are
+    wrong."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = built(model_folder, model={"quantization": quantization, "dtype": "float32"})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.normal_(0, 0.1)  # zero at the start, which would hide the base's part in the gradient
+                parameter.normal_(
+                    0, 0.1
+                )  # zero at the start, which would hide the base's part in the gradient
     before = gradients(model)
     model.eval()
     with torch.no_grad():

@@ -39,7 +39,9 @@ def ids_and_targets(tokenizer, messages):
             before = tokenizer.apply_chat_template(
                 messages[:i], add_generation_prompt=True, tokenize=True, return_dict=True
             )["input_ids"]
-            after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=True, return_dict=True)["input_ids"]
+            after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=True, return_dict=True)[
+                "input_ids"
+            ]
             assert ids[: len(before)] == before
             assert ids[: len(after)] == after
             is_target[len(before) : len(after)] = True

@@ -146,6 +146,12 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
         "longest example would not fit in a pass. Raise the one or lower the other",
     ),
     (
+        ("data.too_long", "data.on_bad_row"),
+        lambda c: c.data.too_long == "error" and c.data.on_bad_row == "skip",
+        "data.too_long is error, but data.on_bad_row skip would pass over the rows it finds. Set the one to "
+        "drop or the other to error",
+    ),
+    (
         ("train.max_steps", "data.loading"),
         lambda c: c.data.loading == "streaming" and c.train.max_steps is None,
         "train.max_steps is missing: with data.loading streaming the number of rows is not known. Set it,"

@@ -6,8 +6,10 @@ cached, lazy and streaming loading give the same examples.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -154,6 +156,8 @@ class Preparer:
             )
         if self.options.system is not None:
             record = _with_system(record, self.options.system)
+        if any(message.get("tool_calls") for message in record.messages) and not self._renders_tool_calls:
+            record, notes = _calls_as_text(record), (*notes, "tool_calls_as_text")
         stand_ins = self.encoder.stand_ins((record.messages, record.tools))
         shielded = replace(
             record,
@@ -165,6 +169,19 @@ class Preparer:
         if stand_ins:
             notes = (*notes, "control_text")
         return _Draft(record, tuple(rendered), texts, stand_ins, notes)
+
+    @cached_property
+    def _renders_tool_calls(self) -> bool:
+        """Whether the template shows a tool call at all; many of small models silently drop it."""
+        call = {"type": "function", "function": {"name": "zebra_crossing", "arguments": {}}}
+        messages = (
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        )
+        try:
+            return "zebra_crossing" in self._render(messages, (), False)
+        except BadRow:
+            return False
 
     def _render(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], add_generation_prompt: bool
@@ -273,6 +290,22 @@ def _with_system(record: Record, system: str) -> Record:
     if record.messages[0]["role"] == "system":
         return replace(record, messages=(message, *record.messages[1:]))
     return replace(record, messages=(message, *record.messages), weights=(None, *record.weights))
+
+
+def _calls_as_text(record: Record) -> Record:
+    """The conversation with its tool calls written out as JSON in the answers, for a template that knows
+    none: else the model would be taught to say nothing where it should have called."""
+    messages = []
+    for message in map(dict, record.messages):
+        if calls := message.pop("tool_calls", None):
+            functions = [call.get("function", call) for call in calls]
+            texts = [
+                json.dumps({"name": f["name"], "arguments": f["arguments"]}, ensure_ascii=False)
+                for f in functions
+            ]
+            message["content"] = "\n".join(filter(None, [message.get("content"), *texts]))
+        messages.append(message)
+    return replace(record, messages=tuple(messages))
 
 
 def _around_text(tokenizer: Any) -> tuple[list[int], list[int]]:

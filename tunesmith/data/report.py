@@ -99,6 +99,26 @@ class SourceReport:
         )
         raise DataError("\n".join(lines))
 
+    def lines(self) -> list[str]:
+        """The account for a reader: what was kept, what was not, and what is odd about the rest."""
+        if not self.rows_read:
+            return []
+        parts = [
+            f"{self.rows_kept:,} of {self.rows_read:,} rows, {self.tokens:,} tokens, "
+            f"{self.target_tokens:,} targets"
+        ]
+        parts += [
+            f"{count:,} {what}"
+            for count, what in (
+                (self.rows_bad, "bad rows left out"),
+                (self.examples_too_long, "over data.max_length left out"),
+                (self.rows_cut, "cut at data.max_length"),
+            )
+            if count
+        ]
+        notes = [f"{note.replace('_', ' ')}: {count:,} rows" for note, count in self.notes.most_common()]
+        return [f"{self.path}: {line}" for line in ("; ".join(parts), *notes)]
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON; `not_listed` are the entries that `bad` and `shortened` had no room for."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}

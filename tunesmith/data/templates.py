@@ -31,8 +31,10 @@ that mark their answers with {% generation %} (tests/data/test_oracle.py):
    took.
 7. Where the template joins two answers into one turn, the row is refused: no server is asked for half a turn.
 
-What a template leaves out is noted, not invented: tool_calls_not_rendered, tools_not_rendered,
-reasoning_not_rendered.
+8. Where the template shows no tool calls, they are rendered as the answer's text, as JSON of name and
+   arguments (noted as tool_calls_as_text): the model would be taught to say nothing instead.
+
+What else a template leaves out is noted, not invented: tools_not_rendered, reasoning_not_rendered.
 """
 
 from __future__ import annotations

@@ -193,18 +193,8 @@ class Session:
         train, valid, say = self.data.train, self.data.valid, self.progress.say
         say(f"trained parameters: {trained:,} of {total:,} ({100 * trained / total:.2f} %)")
         for report in train.reports:
-            if report.rows_read:
-                say(
-                    f"{report.path}: {report.rows_kept:,} of {report.rows_read:,} rows, "
-                    f"{report.tokens:,} tokens, {report.target_tokens:,} targets"
-                    + (f"; {report.rows_bad} bad rows left out" if report.rows_bad else "")
-                    + (
-                        f"; {report.examples_too_long} over {self.config.data.max_length} tokens"
-                        if report.examples_too_long
-                        else ""
-                    )
-                    + (f"; {report.rows_cut} cut" if report.rows_cut else "")
-                )
+            for line in report.lines():
+                say(line)
         say(
             f"{train.num_rows:,} training rows, {valid.num_rows if valid else 0:,} validation rows; "
             f"{self.trainer.args.max_steps:,} steps of "
