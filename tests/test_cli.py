@@ -206,7 +206,7 @@ def test_overrides_may_stand_anywhere_and_have_no_dashes(config: Path) -> None:
     ("name", "content", "message"),
     [
         (
-            "données.jsonl",
+            "donn\u00e9es.jsonl",
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
             '{"messages": [{"role": "user", "content": "a"}, {"role": "asistant", "content": "b"}]}\n'
             "{not json\n",
