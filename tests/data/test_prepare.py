@@ -34,9 +34,7 @@ def prepared(tokenizer: Any, row: Any, **options: Any) -> PreparedRow:
         "too_long": "drop",
     }
     made: Any = {"format": format, **defaults, **options}
-    (outcome,) = Preparer(tokenizer, PrepareOptions(**made)).prepare(
-        [RawRow("chat.jsonl:7", row)], audit=True
-    )
+    (outcome,) = Preparer(tokenizer, PrepareOptions(**made)).prepare([RawRow("chat.jsonl:7", row)])
     return outcome
 
 
@@ -310,7 +308,7 @@ def test_ids_that_are_not_apply_chat_templates_stop_the_run(tiny_tokenizer: Any)
     preparer = Preparer(tiny_tokenizer, PrepareOptions("messages", {}, None, "assistant", 4096, "drop"))
     tiny_tokenizer.split_special_tokens = True  # serves <|im_start|> as thirteen characters
     with pytest.raises(TemplateError, match=r"^chat.jsonl:7: token 0 differs from apply_chat_template's"):
-        preparer.prepare([RawRow("chat.jsonl:7", {"messages": TWO})], audit=True)
+        preparer.prepare([RawRow("chat.jsonl:7", {"messages": TWO})])
 
 
 def test_what_the_template_says_is_the_reason(tiny_tokenizer: Any) -> None:

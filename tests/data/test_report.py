@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import pytest
 
 import tunesmith.data.cache as cache_module
 from tunesmith.config import Config
+from tunesmith.data.cache import open_or_prepare
 from tunesmith.data.loading import Data, load_data
 from tunesmith.data.prepare import PreparedRow
-from tunesmith.data.records import BadRow, Example
+from tunesmith.data.records import BadRow, Example, RawRow
 from tunesmith.data.report import SourceReport
 from tunesmith.errors import DataError, TemplateError
 
@@ -279,3 +282,18 @@ def test_bad_rows_are_listed_however_many_others_were_cut() -> None:
     ):
         report.refuse_bad_rows()
     assert report.as_dict()["not_listed"] == 5
+
+
+def test_a_worker_that_dies_ends_the_preparation_with_the_reason(tmp_path: Path) -> None:
+    rows = [RawRow(f"a:{i}", b"{}") for i in range(3000)]
+    with pytest.raises(DataError, match=r"a worker process died.*Use fewer than data.workers=2"):
+        open_or_prepare(
+            tmp_path / "key",
+            lambda: iter(rows),
+            functools.partial(os._exit, 1),  # type: ignore[arg-type]
+            SourceReport("a", "messages"),
+            workers=2,
+            refuse_bad_rows=True,
+            progress=lambda _: None,
+        )
+    assert not (tmp_path / "key").exists()

@@ -445,7 +445,7 @@ def test_ids_and_targets_of_each_family_are_those_of_its_texts(template: str, ma
     tokenizer = make_tokenizer(tuple(sorted(tokens)), bos="<s>", eos="</s>")
     tokenizer.chat_template = template
     row = RawRow("row", {"messages": list(TWO)})
-    (outcome,) = Preparer(tokenizer, OPTIONS).prepare([row], audit=True)
+    (outcome,) = Preparer(tokenizer, OPTIONS).prepare([row])
     (example,) = outcome.examples
     targets = [tokenizer.decode(example.input_ids[start:end]) for start, end in example.spans]
     assert targets == trained(template, *TWO)

@@ -17,8 +17,10 @@ import os
 import pickle
 import shutil
 import sys
-import threading
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,9 +31,9 @@ import numpy as np
 from tunesmith.data.prepare import PrepareOptions, Preparer
 from tunesmith.data.records import BadRow, Example, RawRow
 from tunesmith.data.report import SourceReport
+from tunesmith.errors import DataError
 
 _CHUNK_ROWS = 256
-_AUDITED_ROWS = 32  # of each source, compared with apply_chat_template
 _IN_FLIGHT_PER_WORKER = 4  # chunks; bounds memory when reading outruns tokenising
 
 Progress = Callable[[int], None]
@@ -76,7 +78,7 @@ class Prepared:
 def open_or_prepare(
     folder: Path,
     rows: Callable[[], Iterator[RawRow]],
-    preparer: Preparer,
+    make_preparer: Callable[[], Preparer],
     report: SourceReport,
     *,
     workers: int,
@@ -90,7 +92,7 @@ def open_or_prepare(
     from datasets import Dataset
 
     def build(building: Path) -> None:
-        _write(building / "examples.arrow", rows(), preparer, report, workers=workers, progress=progress)
+        _write(building / "examples.arrow", rows(), make_preparer, report, workers=workers, progress=progress)
         if refuse_bad_rows:
             report.refuse_bad_rows()
         (building / "report.json").write_text(json.dumps(report.as_dict()), encoding="utf-8")
@@ -140,7 +142,7 @@ def _schema() -> Any:
 def _write(
     file: Path,
     rows: Iterator[RawRow],
-    preparer: Preparer,
+    make_preparer: Callable[[], Preparer],
     report: SourceReport,
     *,
     workers: int,
@@ -150,7 +152,7 @@ def _write(
 
     chunks = _chunks(rows)
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, _schema()) as stream:
-        for batch, counts in _prepare_all(chunks, preparer, report, workers):
+        for batch, counts in _prepare_all(chunks, make_preparer, report, workers):
             for record_batch in pa.ipc.open_stream(batch):
                 stream.write_batch(record_batch)
             report.merge(counts)
@@ -168,45 +170,49 @@ def _chunks(rows: Iterator[RawRow]) -> Iterator[_Chunk]:
 
 
 def _prepare_all(
-    chunks: Iterator[_Chunk], preparer: Preparer, report: SourceReport, workers: int
+    chunks: Iterator[_Chunk], make_preparer: Callable[[], Preparer], report: SourceReport, workers: int
 ) -> Iterator[tuple[bytes, SourceReport]]:
+    """Each chunk's Arrow stream and counts, in order."""
     empty = SourceReport(report.path, report.format)
     if not workers:
+        preparer = make_preparer()
         for chunk in chunks:
             yield prepare_chunk(preparer, empty, chunk)
         return
-    # spawn: a fork would copy the locks of torch's and the tokenizer's threads in whatever state they are.
-    context = multiprocessing.get_context("spawn")
-    free = threading.Semaphore(workers * _IN_FLIGHT_PER_WORKER)
-    stopped = threading.Event()
-
-    def admitted() -> Iterator[_Chunk]:
+    pool = ProcessPoolExecutor(
+        workers,
+        # A fork would copy the locks of torch's and the tokenizer's threads in whatever state they are.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(pickle.dumps(make_preparer), empty),
+    )
+    pending: deque[Future[tuple[bytes, SourceReport]]] = deque()
+    try:
         for chunk in chunks:
-            free.acquire()
-            if stopped.is_set():
-                return
-            yield chunk
-
-    with context.Pool(workers, initializer=_start_worker, initargs=(pickle.dumps(preparer), empty)) as pool:
-        try:
-            for result in pool.imap(_in_worker, admitted()):
-                free.release()
-                yield result
-        finally:
-            # The pool waits for the thread that feeds it, and that thread for a chunk to be done.
-            stopped.set()
-            free.release()
+            pending.append(pool.submit(_in_worker, chunk))
+            if len(pending) >= workers * _IN_FLIGHT_PER_WORKER:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"{report.path}: a worker process died while preparing it, most likely for want of memory. "
+            f"Use fewer than data.workers={workers}."
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _worker_state: list[Any] = []  # (Preparer, empty report) of this worker process
 
 
-def _start_worker(preparer: bytes, empty: SourceReport) -> None:
-    """`preparer` is pickled, so that this runs before transformers is imported to make it."""
+def _start_worker(make_preparer: bytes, empty: SourceReport) -> None:
+    """`make_preparer` comes pickled, so that this runs before transformers is imported for it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     # transformers imports torch where it finds it: 200 MB a worker, for text that needs none.
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     sys.modules["torch"] = None  # type: ignore[assignment]
-    _worker_state[:] = [pickle.loads(preparer), empty]
+    _worker_state[:] = [pickle.loads(make_preparer)(), empty]
 
 
 def _in_worker(chunk: _Chunk) -> tuple[bytes, SourceReport]:
@@ -220,7 +226,7 @@ def prepare_chunk(preparer: Preparer, empty: SourceReport, chunk: _Chunk) -> tup
     first, rows = chunk
     counts = SourceReport(empty.path, empty.format)
     columns: dict[str, list[Any]] = {name: [] for name in _schema().names}
-    for i, outcome in enumerate(preparer.prepare(rows, audit=first < _AUDITED_ROWS)):
+    for i, outcome in enumerate(preparer.prepare(rows)):
         counts.add(outcome)
         for example in outcome.examples:
             columns["input_ids"].append(example.input_ids)

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,10 @@ def open_source(
         max_length=config.data.max_length,
         too_long=config.data.too_long,
     )
-    return rows, options, SourceReport(source.path, name)
+    # A stream is not read to its end for a hash, and a hub data set has its name for one.
+    has_files = config.data.loading != "streaming" and not is_hub_id(source.path)
+    fingerprint = fingerprint_files(resolve_files(source.path)) if has_files else ""
+    return rows, options, SourceReport(source.path, name, fingerprint)
 
 
 def _detect(rows: Callable[[], Iterator[RawRow]], path: str, columns: dict[str, str]) -> Format:
@@ -149,11 +153,6 @@ def _detect(rows: Callable[[], Iterator[RawRow]], path: str, columns: dict[str, 
         found = "\n".join(problems[:20]) if problems else f"{path}: there is no row in it."
         raise DataError(found)
     return detect_format(sample, path)
-
-
-def _source_fingerprint(source: SourceConfig) -> str | None:
-    """Hash of the files' content; None for a hub data set, whose name and revision stand for it."""
-    return fingerprint_files(resolve_files(source.path)) if not is_hub_id(source.path) else None
 
 
 def _workers(config: Config, source: SourceConfig) -> int:
@@ -194,7 +193,7 @@ def _load_cached(sources: list[SourceConfig], config: Config, tokenizer: Any, sa
     for source in sources:
         rows, options, report = open_source(source, config, say)
         key = cache.cache_key(
-            _source_fingerprint(source) or "hub",
+            report.fingerprint or "hub",
             tokenizer,
             options,
             path=source.path,
@@ -204,7 +203,7 @@ def _load_cached(sources: list[SourceConfig], config: Config, tokenizer: Any, sa
         prepared = cache.open_or_prepare(
             _cache_dir(config) / key,
             rows,
-            Preparer(tokenizer, options),
+            partial(Preparer, tokenizer, options),
             report,
             workers=_workers(config, source),
             refuse_bad_rows=config.data.on_bad_row == "error",
@@ -230,10 +229,11 @@ def _split(rows: RowSet, fraction: float, seed: int) -> tuple[RowSet, RowSet]:
     drawn = np.random.default_rng([seed, 0x5EED]).permutation(rows.num_rows)
     is_valid = np.zeros(rows.num_rows, dtype=bool)
     is_valid[drawn[: max(1, round(fraction * rows.num_rows))]] = True
-    return _take(rows, ~is_valid), _take(rows, is_valid)
+    # The account of the sources stays with the training rows: they were read once.
+    return _take(rows, ~is_valid, rows.reports), _take(rows, is_valid, [])
 
 
-def _take(rows: RowSet, chosen: NDArray[np.bool_]) -> RowSet:
+def _take(rows: RowSet, chosen: NDArray[np.bool_], reports: list[SourceReport]) -> RowSet:
     counts = np.diff(rows.row_starts)
     items = np.flatnonzero(np.repeat(chosen, counts))
     before = np.concatenate([[0], np.cumsum(chosen)])
@@ -243,7 +243,7 @@ def _take(rows: RowSet, chosen: NDArray[np.bool_]) -> RowSet:
         rows.lengths[items],
         np.concatenate([[0], np.cumsum(counts[chosen])]),
         [(int(before[start]), int(before[end]), weight) for start, end, weight in rows.bounds],
-        rows.reports,
+        reports,
     )
 
 
@@ -254,7 +254,7 @@ def _load_lazy(sources: list[SourceConfig], config: Config, tokenizer: Any, say:
     datasets, preparers, reports, bounds, num_rows = [], [], [], [], 0
     for source in sources:
         rows, options, report = open_source(source, config, say)
-        key = _source_fingerprint(source) or "hub-" + source.path.replace("/", "--").replace(":", "--")
+        key = report.fingerprint or "hub-" + source.path.replace("/", "--").replace(":", "--")
         dataset = cache.write_raw(_cache_dir(config) / f"raw-{key}-{config.data.max_row_bytes}", rows)
         datasets.append(dataset)
         preparers.append(Preparer(tokenizer, options))

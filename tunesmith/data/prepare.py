@@ -22,6 +22,9 @@ from tunesmith.data.records import BadRow, Example, RawRow, Record
 from tunesmith.data.templates import REFUSALS, Rendered, TrainOn, render_record
 from tunesmith.errors import TemplateError
 
+# Texts whose ids each preparer (each worker process has one) compares with apply_chat_template's.
+_COMPARED_TEXTS = 64
+
 
 @dataclass(frozen=True)
 class PrepareOptions:
@@ -87,9 +90,10 @@ class Preparer:
         self.options = options
         self.encoder = Encoder(tokenizer)
         self._before_text, self._after_text = _around_text(tokenizer)
+        self._num_compared = 0
 
-    def prepare(self, rows: Sequence[RawRow], *, audit: bool = False) -> list[PreparedRow]:
-        """The outcome of each row, in order. `audit` also compares the ids with `apply_chat_template`'s.
+    def prepare(self, rows: Sequence[RawRow]) -> list[PreparedRow]:
+        """The outcome of each row, in order. The first rows' ids are compared with `apply_chat_template`'s.
 
         Raises TemplateError if the template or tokenizer makes exact targets impossible for any row."""
         drafts: list[_Draft | BadRow] = []
@@ -110,7 +114,8 @@ class Preparer:
                 ids, offsets = next(encoded)
                 if draft.record.is_chat:
                     self._check_bos(row.place, ids)
-                    if audit and not draft.has_control_text:
+                    if self._num_compared < _COMPARED_TEXTS and not draft.has_control_text:
+                        self._num_compared += 1
                         self._check_parity(row.place, draft.record, rendered, ids)
                 examples.append(self._example(draft.record, rendered, ids, offsets))
             outcomes.append(self._fit(row.place, examples, draft.notes, is_chat=draft.record.is_chat))

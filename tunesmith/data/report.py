@@ -26,6 +26,7 @@ class SourceReport:
 
     path: str
     format: str
+    fingerprint: str = ""  # hash of the files' content; empty for a stream or a hub data set
     rows_read: int = 0
     rows_kept: int = 0
     rows_bad: int = 0

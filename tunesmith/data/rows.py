@@ -104,8 +104,8 @@ def _usable(outcome: PreparedRow, skip_bad_rows: bool) -> PreparedRow:
 
 
 class StreamedRows:
-    """Rows read in file order through a shuffle buffer, source by source in turn by their order in the
-    config, again from the start when all are read. Item i can only be fetched going forward; rows passed over
+    """Rows read in file order through a shuffle buffer, one of each source in turn while it has any, again
+    from the start when all are read. Item i can only be fetched going forward; rows passed over
     are not tokenised."""
 
     def __init__(
@@ -139,10 +139,15 @@ class StreamedRows:
     def _in_order(self) -> Iterator[tuple[RawRow, Preparer]]:
         while True:
             found = False
-            for rows, preparer in self._sources:
-                for row in rows():
-                    found = True
-                    yield row, preparer
+            streams = [(rows(), preparer) for rows, preparer in self._sources]
+            while streams:
+                for stream in list(streams):
+                    row = next(stream[0], None)
+                    if row is None:
+                        streams.remove(stream)
+                    else:
+                        found = True
+                        yield row, stream[1]
             if not found:
                 raise DataError("data.train: there is no row in it.")
 

@@ -30,11 +30,11 @@ that mark their answers with {% generation %} (tests/data/test_oracle.py):
 6. A control token that swallows white space (Phi-3's rstrip) is never part of the turn whose white space it
    took.
 7. Where the template joins two answers into one turn, the row is refused: no server is asked for half a turn.
-
 8. Where the template shows no tool calls, they are rendered as the answer's text, as JSON of name and
    arguments (noted as tool_calls_as_text): the model would be taught to say nothing instead.
 
-What else a template leaves out is noted, not invented: tools_not_rendered, reasoning_not_rendered.
+What else a template leaves out is noted, not invented: tools_not_rendered, reasoning_not_rendered, and
+tool_calls_not_rendered where it shows some calls and not others.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ none."""
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import Any
 
@@ -22,6 +23,12 @@ class Progress:
     def __init__(self) -> None:
         # Of many ranks the first one speaks.
         self.console = Console(quiet=int(os.environ.get("RANK", "0")) != 0)
+        # rich would end the program where the reader of our output (`| head`) goes away; the run must go on.
+        self.console.on_broken_pipe = self._go_quiet  # type: ignore[method-assign]
+
+    def _go_quiet(self) -> None:
+        self.console.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def say(self, message: str) -> None:
         """One line for the reader; warnings stand out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,7 +16,8 @@ import torch
 import yaml
 
 from tunesmith.config import Config, dump_config
-from tunesmith.errors import CheckpointError, ConfigError
+from tunesmith.data.loading import Data
+from tunesmith.errors import ConfigError
 from tunesmith.training.checkpoints import Checkpoint, Checkpoints
 
 Say = Callable[[str], None]
@@ -67,7 +69,7 @@ class RunFolder:
         config_file = self.path / "config.yaml"
         if not self.path.exists() or not any(self.path.iterdir()):
             if isinstance(resume, int):
-                raise CheckpointError(f"run.resume={resume}: there is no run in {self.path}.")
+                raise ConfigError(f"run.resume={resume}: there is no run in {self.path}.")
             return None
         if resume == "never":
             raise ConfigError(
@@ -104,11 +106,18 @@ class RunFolder:
                 + "\nChoose another run.name, or set these back."
             )
 
-    def begin(self, config: Config, start: Checkpoint | None) -> None:
-        """Create the folder, write config.yaml and environment.json, cut metrics.jsonl back to the start."""
+    def begin(self, config: Config, start: Checkpoint | None, *, template: str | None, data: Data) -> None:
+        """Create the folder, write config.yaml, environment.json and data_report.json, cut metrics.jsonl back
+        to the start."""
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        write_json(self.path / "environment.json", environment())
+        reports = [*data.train.reports, *(data.valid.reports if data.valid else ())]
+        inputs = {
+            "chat_template_sha256": hashlib.sha256((template or "").encode()).hexdigest(),
+            "data": {report.path: report.fingerprint for report in reports},
+        }
+        write_json(self.path / "environment.json", environment() | inputs)
+        write_json(self.path / "data_report.json", data.report())
         self.summary.unlink(missing_ok=True)
         _keep_metrics_until(self.metrics, start.step if start else -1)
 

@@ -108,8 +108,7 @@ class Session:
         """Write what stands before the first step: config, environment, data report."""
         self.trainer.accelerator.wait_for_everyone()
         if self.is_main:
-            self.run.begin(self.config, start)
-            write_json(self.run.path / "data_report.json", self.data.report())
+            self.run.begin(self.config, start, template=self.tokenizer.chat_template, data=self.data)
 
     def measure_untouched(self, start: Checkpoint | None) -> None:
         """Evaluate and question the model as it came. A run that goes on has done so already."""
@@ -130,7 +129,7 @@ class Session:
             self._line.close()
             self._signals.uninstall()
         if self.is_main and self.config.data.loading != "cached":
-            self.data.train.reports[0] = self.trainer.rows_report
+            self.data.train.reports[:] = [self.trainer.rows_report]
             write_json(self.run.path / "data_report.json", self.data.report())
         if self._signals.received is not None and not self.trainer.is_done:
             step = self.trainer.state.global_step

@@ -76,7 +76,11 @@ class PackTrainer(Trainer):
         self.checkpoints = checkpoints
         self.lora_plus_ratio = lora_plus_ratio
         self.step_counts = StepCounts()
-        self.rows_report = SourceReport("rows as they were fetched", "")
+        # What became of each row when it was fetched; the account of lazy and streamed rows.
+        self.rows_report = SourceReport(
+            ", ".join(report.path for report in train_rows.reports),
+            ", ".join(dict.fromkeys(report.format for report in train_rows.reports)),
+        )
         self._sampler: PlanSampler | None = None
         self._resume_step = 0
         self._step_packs: list[Pack] = []
