@@ -75,7 +75,8 @@ def training_arguments(
             per_device_eval_batch_size=1,
             gradient_accumulation_steps=plan.passes,
             learning_rate=train.learning_rate,
-            lr_scheduler_type=train.schedule,
+            # transformers' `constant` ignores the warm-up.
+            lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
             warmup_steps=warmup_steps,
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,

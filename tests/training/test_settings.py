@@ -1,0 +1,213 @@
+"""Settings change the numbers they say they change."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import conversations, write_rows
+from transformers import AutoModelForCausalLM
+
+import tunesmith
+from tunesmith.errors import ConfigError, MissingExtraError
+from tunesmith.training.run_folder import read_metrics
+from tunesmith.training.session import Session
+
+
+def lines_of(result):
+    return [line for line in read_metrics(result.run / "metrics.jsonl") if "loss" in line]
+
+
+def cosine(step, steps, warmup):
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ("constant", lambda step, steps, warmup: 1.0),
+        ("linear", lambda step, steps, warmup: (steps - step) / (steps - warmup)),
+        ("cosine", cosine),
+        ("cosine_with_min_lr", lambda step, steps, warmup: 0.1 + 0.9 * cosine(step, steps, warmup)),
+        ("inverse_sqrt", lambda step, steps, warmup: math.sqrt(warmup / step)),
+        # Stable, then down over the last tenth: one step of ten, which begins at the top.
+        ("warmup_stable_decay", lambda step, steps, warmup: 1.0),
+    ],
+)
+def test_the_learning_rate_follows_the_formula_of_its_schedule(run_config, schedule, factor):
+    steps, warmup, peak = 10, 4, 1e-3
+    config = run_config(
+        train={
+            "max_steps": steps,
+            "epochs": None,
+            "schedule": schedule,
+            "warmup": warmup,
+            "learning_rate": peak,
+        }
+    )
+    rates = [line["learning_rate"] for line in lines_of(tunesmith.sft(config))]
+    expected = [
+        peak * (step / warmup if step < warmup else factor(step, steps, warmup)) for step in range(steps)
+    ]
+    assert rates == pytest.approx(expected, rel=1e-6)
+
+
+def test_warmup_below_one_is_a_fraction_of_all_steps(run_config):
+    config = run_config(train={"max_steps": 10, "epochs": None, "warmup": 0.2, "learning_rate": 1e-3})
+    rates = [line["learning_rate"] for line in lines_of(tunesmith.sft(config))]
+    assert rates[:3] == pytest.approx([0.0, 0.5e-3, 1e-3])
+
+
+def test_clipping_scales_the_gradient_and_reports_it_unclipped(run_config):
+    """With plain SGD the first update is the clipped gradient times the learning rate."""
+    norms, changes = [], []
+    for limit in (0, 1e-3):
+        config = run_config(
+            adapter={},
+            train={
+                "max_steps": 1, "epochs": None, "optimizer": "sgd", "learning_rate": 1.0, "warmup": 0,
+                "max_grad_norm": limit, "schedule": "constant",
+            },
+            run={"name": f"clip{limit}"},
+        )  # fmt: skip
+        config["adapter"] = {"method": "none"}
+        before = AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=torch.float32)
+        result = tunesmith.sft(config)
+        after = AutoModelForCausalLM.from_pretrained(result.final, dtype=torch.float32)
+        pairs = zip(before.parameters(), after.parameters(), strict=True)
+        changes.append(math.sqrt(sum(float((a - b).double().square().sum()) for a, b in pairs)))
+        norms.append(lines_of(result)[0].get("grad_norm"))
+    assert changes[1] == pytest.approx(1e-3, rel=1e-2)
+    assert norms[1] == pytest.approx(changes[0], rel=1e-3)
+
+
+def test_neftune_adds_noise_to_training_and_none_to_evaluation(run_config, tmp_path):
+    valid = str(write_rows(tmp_path / "valid.jsonl", conversations(5, seed=3)))
+    results = []
+    for alpha in (None, 50.0):
+        config = run_config(
+            data={"valid": valid},
+            train={"neftune_alpha": alpha, "max_steps": 1, "epochs": None},
+            run={"name": f"alpha{alpha}"},
+        )
+        results.append(tunesmith.sft(config).summary)
+    assert results[0]["eval_loss_before"] == results[1]["eval_loss_before"]
+    assert abs(results[0]["first_loss"] - results[1]["first_loss"]) > 0.01
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"rslora": True},
+        {"dora": True},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": r"model\.layers\.1\..*_proj"},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=["rslora", "dora", "list", "regex", "modules_to_save"],
+)
+def test_every_kind_of_lora_reloads_in_stock_peft_with_the_same_logits(run_config, monkeypatch, adapter):
+    ids = torch.arange(3, 60)[None]
+    trained = []
+
+    def measure(self):
+        with torch.no_grad():
+            trained.append(self.trainer.model.eval()(ids, use_cache=False).logits)
+
+    monkeypatch.setattr(Session, "measure_tuned", measure)
+    # mistral: its tiny config has an untied head
+    config = run_config("mistral", adapter=adapter, train={"max_steps": 2, "epochs": None})
+    result = tunesmith.sft(config)
+    base = AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=torch.float32)
+    with torch.no_grad():
+        untouched = base(ids).logits
+        loaded = PeftModel.from_pretrained(base, result.final).eval()(ids).logits
+    assert torch.allclose(loaded, trained[0], rtol=1e-5, atol=1e-5)
+    assert (loaded - untouched).abs().max() > 1e-2
+
+
+def test_rslora_divides_by_the_root_of_the_rank(run_config):
+    from peft import PeftConfig
+
+    result = tunesmith.sft(run_config(adapter={"rslora": True}, train={"max_steps": 1, "epochs": None}))
+    saved = PeftConfig.from_pretrained(result.final)
+    assert (saved.r, saved.lora_alpha, saved.use_rslora) == (4, 8, True)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(saved.base_model_name_or_path), result.final
+    )
+    scalings = {m.scaling["default"] for m in model.modules() if hasattr(m, "scaling")}
+    assert scalings == {8 / math.sqrt(4)}
+
+
+def test_sources_are_seen_as_often_as_their_weights_say(run_config, tmp_path):
+    first = str(write_rows(tmp_path / "a.jsonl", conversations(12, seed=1)))
+    second = str(write_rows(tmp_path / "b.jsonl", conversations(10, seed=2)))
+    config = run_config(train={"batch_size": 1})
+    config["data"]["train"] = [{"path": first, "weight": 2}, {"path": second, "weight": 0.5}]
+    assert tunesmith.sft(config).summary["rows"] == 2 * 12 + 5
+
+
+def test_a_field_of_training_arguments_is_passed_on(run_config):
+    config = run_config(train={"trainer_args": {"adam_beta2": 0.5}, "max_steps": 1, "epochs": None})
+    seen = []
+
+    def begin(self, start):
+        seen.append(self.trainer.args.adam_beta2)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "begin", begin)
+        with pytest.raises(KeyboardInterrupt):
+            tunesmith.sft(config)
+    assert seen == [0.5]
+
+
+def test_an_unknown_field_of_training_arguments_is_named_with_a_near_one(run_config):
+    config = run_config(train={"trainer_args": {"adam_beta_2": 0.5}})
+    with pytest.raises(ConfigError, match=r"trainer_args.adam_beta_2: .* Did you mean adam_beta2\?"):
+        tunesmith.sft(config)
+
+
+def test_an_eight_bit_optimizer_without_bitsandbytes_names_the_extra(run_config, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(MissingExtraError, match=r"train.optimizer=adamw_8bit needs.*tunesmith\[quant\]"):
+        tunesmith.sft(run_config(train={"optimizer": "adamw_8bit"}))
+
+
+def test_answers_before_and_after_are_those_of_greedy_decoding(run_config, tmp_path):
+    """One row, learnt by heart: the answer becomes exact, and `before` is what the untouched model says."""
+    row = conversations(1, seed=8, max_turns=1)
+    file = str(write_rows(tmp_path / "one.jsonl", row))
+    config = run_config(
+        data={"valid": file},
+        train={"max_steps": 60, "epochs": None, "batch_size": 1, "schedule": "constant"},
+        eval={"answer_rows": 1, "max_new_tokens": 60, "every_steps": 60},
+        checkpoint={"every_steps": 60},
+    )
+    config["data"]["train"] = file
+    result = tunesmith.sft(config)
+    assert result.summary["exact_match_before"] == 0.0
+    assert result.summary["exact_match_after"] == 1.0
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config["model"]["path"])
+    model = AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=torch.float32).eval()
+    ids = tokenizer.apply_chat_template(
+        row[0]["messages"][:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    said = []
+    with torch.no_grad():
+        for _ in range(60):  # an argmax loop that shares nothing with generate
+            token = int(
+                model(torch.cat([ids, torch.tensor([said], dtype=torch.long)], dim=1)).logits[0, -1].argmax()
+            )
+            if token == tokenizer.eos_token_id:
+                break
+            said.append(token)
+    import json
+
+    answers = json.loads((result.run / "answers.json").read_text())
+    assert answers["before"] == [tokenizer.decode(said, skip_special_tokens=True).strip()]
+    assert answers["rows"][0]["expected"] == row[0]["messages"][1]["content"]
