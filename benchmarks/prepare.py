@@ -4,7 +4,8 @@
 
 Writes a jsonl of the size asked for (seeded; about 900 bytes a row), prepares it as `data.loading: cached`
 does, opens it again from the cache, and prints one JSON object. Memory is the peak of the resident memory of
-this process, of its largest worker, and of all together, sampled ten times a second.
+this process, of its largest worker, and of all together, sampled twice a second; and together with pages that
+processes share counted once (PSS).
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class PeakMemory:
     """Resident memory of this process and its children, sampled in a thread."""
 
     def __init__(self) -> None:
-        self.own = self.worker = self.together = 0
+        self.own = self.worker = self.together = self.proportional = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -115,14 +116,16 @@ class PeakMemory:
 
     def _watch(self) -> None:
         process = psutil.Process()
-        while not self._stop.wait(0.1):
-            children = []
+        while not self._stop.wait(0.5):
+            children, shares = [], []
             for child in process.children(recursive=True):
                 try:
                     children.append(child.memory_info().rss)
+                    shares.append(child.memory_full_info().pss)
                 except psutil.NoSuchProcess:
                     continue
             own = process.memory_info().rss
+            self.proportional = max(self.proportional, process.memory_full_info().pss + sum(shares))
             self.own = max(self.own, own)
             self.worker = max([self.worker, *children])
             self.together = max(self.together, own + sum(children))
@@ -171,6 +174,7 @@ def main() -> None:
                 "this process": round(memory.own / 2**30, 3),
                 "largest worker": round(memory.worker / 2**30, 3),
                 "together": round(memory.together / 2**30, 3),
+                "together, shared pages once": round(memory.proportional / 2**30, 3),
             },
         }
         print(json.dumps(result, indent=2))

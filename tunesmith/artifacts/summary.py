@@ -18,7 +18,9 @@ def finish_run(session: Session) -> dict[str, Any]:
     """Write final/ and summary.json, print the figures and where things lie; returns the figures."""
     run, given = session.run, session.read_answers()
     summary = summarise(read_metrics(run.metrics))
-    if "after" in given:
+    # Other rows may have been asked before a stop: eval.answer_rows is free to change.
+    is_compared = len(given.get("before", ())) == len(given.get("after", ())) == len(session.asked) > 0
+    if is_compared:
         summary |= {
             "answered_rows": len(given["after"]),
             "exact_match_before": exact_matches(session.asked, given["before"]),
@@ -29,7 +31,7 @@ def finish_run(session: Session) -> dict[str, Any]:
         write_json(run.summary, summary)
     console = session.progress.console
     print_summary(console, summary)
-    if "after" in given:
+    if is_compared:
         print_answers(console, session.asked, given["before"], given["after"])
     kind = "model" if session.config.adapter.method == "none" else "adapter"
     session.progress.say(

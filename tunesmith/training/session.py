@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PrinterCallback, TrainerCallback
 
 from tunesmith.config import Config
 from tunesmith.data.loading import Data, RowSet
@@ -71,31 +72,8 @@ class Session:
             lora_plus_ratio=config.adapter.lora_plus_ratio,
             callbacks=[self._line],
         )
-        for unwanted in ("PrinterCallback", "ProgressCallback"):
-            for callback in list(self.trainer.callback_handler.callbacks):
-                if type(callback).__name__ == unwanted:
-                    self.trainer.remove_callback(callback)
-        metrics = MetricsFile(
-            run.metrics,
-            training_cost(model),
-            matmul_flops_per_second(self.dtype),
-            lambda: self.trainer.step_counts,
-            arguments.world_size,
-        )
-        metrics.listeners.append(self._line.show)
-        for callback in (
-            Schedule(
-                steps_per_epoch=self.plan.steps_per_epoch,
-                log_every=config.train.log_every_steps,
-                evaluate_every=config.eval.every_steps,
-                save_every=config.checkpoint.every_steps,
-                evaluates=data.valid is not None,
-            ),
-            metrics,
-            KeepBest(self._save_best, config.eval.early_stopping_patience, progress.say),
-            self._signals,
-            *(trackers(config, run.path, progress.say) if arguments.process_index == 0 else ()),
-        ):
+        self.trainer.remove_callback(PrinterCallback)  # ours draws the progress
+        for callback in self._callbacks(model):
             self.trainer.add_callback(callback)
         self._tell(model, f"gradient checkpointing {'on' if checkpointing else 'off'}: {why}")
 
@@ -178,6 +156,28 @@ class Session:
             when: given,
         }
         write_json(self.run.path / "answers.json", content)
+
+    def _callbacks(self, model: Any) -> list[TrainerCallback]:
+        """What happens between steps, in this order: when to log, evaluate and save comes first."""
+        config, arguments = self.config, self.trainer.args
+        schedule = Schedule(
+            steps_per_epoch=self.plan.steps_per_epoch,
+            log_every=config.train.log_every_steps,
+            evaluate_every=config.eval.every_steps,
+            save_every=config.checkpoint.every_steps,
+            evaluates=self.data.valid is not None,
+        )
+        metrics = MetricsFile(
+            self.run.metrics,
+            training_cost(model),
+            matmul_flops_per_second(self.dtype),
+            lambda: self.trainer.step_counts,
+            arguments.world_size,
+        )
+        metrics.listeners.append(self._line.show)
+        best = KeepBest(self._save_best, config.eval.early_stopping_patience, self.progress.say)
+        followers = trackers(config, self.run.path, self.progress.say) if self.is_main else []
+        return [schedule, metrics, best, self._signals, *followers]
 
     def _questions(self) -> list[Question]:
         if self.data.valid is None or not self.config.eval.answer_rows:
