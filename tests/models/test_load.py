@@ -11,7 +11,11 @@ import tunesmith
 from tunesmith.config import load_config
 from tunesmith.errors import MissingExtraError
 from tunesmith.models.adapt import build_model, count_parameters
-from tunesmith.models.cost import choose_gradient_checkpointing, training_cost
+from tunesmith.models.cost import (
+    choose_gradient_checkpointing,
+    enable_gradient_checkpointing,
+    training_cost,
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +101,7 @@ def test_trained_parameters_are_what_the_arithmetic_of_lora_says(model_folder):
 def test_gradient_checkpointing_changes_no_gradient(tmp_path, model_folder):
     plain = built(model_folder, model={"dtype": "float32"})
     recomputed = built(model_folder, model={"dtype": "float32"})
-    recomputed.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    enable_gradient_checkpointing(recomputed)
     first, second = gradients(plain), gradients(recomputed)
     assert first.keys() == second.keys()
     assert all(torch.allclose(first[name], second[name], rtol=1e-5, atol=1e-7) for name in first)

@@ -275,6 +275,9 @@ def test_longer_rows_than_the_model_was_trained_for_scale_its_positions(run_conf
     assert "data.max_length=1024 exceeds the 512 positions" in said
     assert "(linear, factor 2)" in said
     assert result.summary["steps"] == 1
+    card = (result.final / "README.md").read_text()
+    assert "'rope_type': 'linear', 'factor': 2.0" in card
+    assert "`max_position_embeddings=1024`" in card
 
 
 def test_new_tokens_are_trained_and_saved_with_the_adapter(run_config, tmp_path):

@@ -15,6 +15,7 @@ from tunesmith.models.adapt import count_parameters
 def model_card(config: Config, data: Data, model: Any, step: int, metrics: dict[str, Any]) -> str:
     """A model card in Markdown, with the front matter that the hub reads."""
     trained, total = count_parameters(model)
+    rope = getattr(model.config, "rope_parameters", None) or {}
     source = Path(__file__).with_name("model_card.md.jinja").read_text(encoding="utf-8")
     return (
         Environment(undefined=StrictUndefined, keep_trailing_newline=True)
@@ -27,6 +28,8 @@ def model_card(config: Config, data: Data, model: Any, step: int, metrics: dict[
             metrics=metrics,
             trained=trained,
             total=total,
+            rope=rope if rope.get("rope_type", "default") != "default" else None,
+            max_positions=getattr(model.config, "max_position_embeddings", None),
             is_adapter=config.adapter.method != "none",
         )
     )

@@ -19,6 +19,7 @@ import os
 import pickle
 import shutil
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -214,8 +215,17 @@ def _start_worker(make_preparer: bytes, empty: SourceReport) -> None:
     # transformers imports torch where it finds it: 200 MB a worker, for text that needs none.
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     sys.modules["torch"] = None  # type: ignore[assignment]
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_state[:] = [pickle.loads(make_preparer)(), empty]
     _return_freed_memory()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its workers; each would wait for ever for its next chunk."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _return_freed_memory() -> None:

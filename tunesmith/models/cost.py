@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,17 @@ def choose_gradient_checkpointing(model: Any, config: Config, dtype: torch.dtype
         f"one pass of {config.train.micro_batch_tokens} tokens needs about {need / 2**30:.1f} GiB "
         f"of {free / 2**30:.1f} GiB free",
     )
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass.
+
+    By the name that both the newest transformers and the last one for Python 3.10 (5.20) have; the newest
+    warns that it will go. Switch to activation_checkpointing_enable when Python 3.10 is no longer
+    supported."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _pass_bytes(model: Any, config: Config, dtype: torch.dtype) -> float:

@@ -32,9 +32,7 @@ def num_steps(config: Config, plan: StepPlan) -> int:
     return max(1, round(config.train.epochs * plan.steps_per_epoch))
 
 
-def training_arguments(
-    config: Config, plan: StepPlan, folder: Path, *, dtype: torch.dtype, gradient_checkpointing: bool
-) -> Any:
+def training_arguments(config: Config, plan: StepPlan, folder: Path, *, dtype: torch.dtype) -> Any:
     """TrainingArguments that do what the config says. When to log, evaluate and save is our callback's
     business.
 
@@ -81,8 +79,6 @@ def training_arguments(
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
             optim=_OPTIMIZERS[train.optimizer],
-            activation_checkpointing=gradient_checkpointing,
-            activation_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
             neftune_noise_alpha=train.neftune_alpha,
             dataloader_num_workers=train.loader_workers,
             logging_strategy="no",

@@ -134,19 +134,10 @@ def find_damage(folder: Path) -> str | None:
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return (
-            hashlib.file_digest(stream, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(stream)
-        )
-
-
-def _digest(stream: Any) -> str:
-    """`hashlib.file_digest` for Python 3.10. Delete when 3.11 is the oldest supported."""
     digest = hashlib.sha256()
-    while block := stream.read(2**20):
-        digest.update(block)
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
     return digest.hexdigest()
 
 

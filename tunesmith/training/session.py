@@ -14,7 +14,11 @@ from tunesmith.config import Config
 from tunesmith.data.loading import Data, RowSet
 from tunesmith.errors import Interrupted
 from tunesmith.models.adapt import count_parameters
-from tunesmith.models.cost import choose_gradient_checkpointing, training_cost
+from tunesmith.models.cost import (
+    choose_gradient_checkpointing,
+    enable_gradient_checkpointing,
+    training_cost,
+)
 from tunesmith.models.devices import compute_dtype, matmul_flops_per_second
 from tunesmith.models.packable import documents_stay_apart
 from tunesmith.models.save import save_artifact
@@ -53,10 +57,10 @@ class Session:
         self.stop_ids = stop_ids(data.train, tokenizer)
         self.asked = self._questions()
         checkpointing, why = choose_gradient_checkpointing(model, config, self.dtype)
+        if checkpointing:
+            enable_gradient_checkpointing(model)
         self.plan = _plan(config, data.train, model, progress)
-        arguments = training_arguments(
-            config, self.plan, run.path, dtype=self.dtype, gradient_checkpointing=checkpointing
-        )
+        arguments = training_arguments(config, self.plan, run.path, dtype=self.dtype)
         self._signals = StopOnSignal(progress.say)
         self._line = ProgressLine(progress.console)
         self.trainer = PackTrainer(
@@ -194,10 +198,10 @@ class Session:
         for report in train.reports:
             for line in report.lines():
                 say(line)
+        passes = "one pass" if self.plan.passes == 1 else f"{self.plan.passes} passes"
         say(
             f"{train.num_rows:,} training rows, {valid.num_rows if valid else 0:,} validation rows; "
-            f"{self.trainer.args.max_steps:,} steps of "
-            f"{self.config.train.batch_size} rows in {self.plan.passes} passes"
+            f"{self.trainer.args.max_steps:,} steps of {self.config.train.batch_size} rows in {passes}"
         )
         if self.data.overlap:
             say(
