@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -213,7 +214,7 @@ _NAMES = _TEXT | _TRICKY
 _POSITIVE = st.floats(1e-300, 1e300)
 _COUNT = st.integers(1, 2**53 - 1)
 _JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | _NAMES,
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | _NAMES,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_NAMES, inner, max_size=3),
     max_leaves=5,
 )
@@ -459,3 +460,11 @@ def test_importing_the_config_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("value", [float("inf"), [float("inf")], {"a": [float("-inf")]}])
+def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(value: object) -> None:
+    message = _message({**MINIMAL, "train": {"trainer_args": {"x": value}}})
+    assert re.fullmatch(
+        r"config: train\.trainer_args\.x\S* is -?inf; expected a value\. It is not finite\.", message
+    )

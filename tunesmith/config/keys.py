@@ -170,7 +170,7 @@ def _scalar_words(node: Node) -> str:
 
 def expected(path: KeyPath) -> str:
     """What may stand at `path`, as the end of `expected ...`."""
-    return join_words(alternatives(lookup(path)))
+    return join_words(alternatives(lookup(path)) or ["a value"])
 
 
 def join_words(words: list[str]) -> str:
