@@ -265,3 +265,25 @@ def test_a_model_without_a_chat_template_is_no_chat_model(model_folder: Path, tm
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(TemplateError, match="has no chat template"):
         chat(str(folder), system=None, max_new_tokens=8)
+
+
+def test_a_run_is_served_with_its_system_prompt_and_its_positions(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import yaml
+
+    run = tmp_path / "run"
+    shutil.copytree(model_folder, run / "final")
+    longer = 2 * AutoModelForCausalLM.from_pretrained(model_folder).config.max_position_embeddings
+    values = {
+        "model": {"path": str(model_folder)},
+        "data": {"train": "t.jsonl", "system": "be brief", "max_length": longer},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(values))
+    for name in (run, run / "final"):
+        config = chat_module.run_config(str(name))
+        talker = chat_module.load_talker(find_model(str(name)), None, 4, config)
+        assert talker.system == "be brief"
+        assert talker.model.config.rope_parameters["factor"] == 2
+        assert chat_module.load_talker(find_model(str(name)), "mine", 4, config).system == "mine"
+    assert chat_module.run_config(str(model_folder)) is None

@@ -20,12 +20,13 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from tunesmith.config import ModelConfig
+from tunesmith.config import Config, ModelConfig, load_config
 from tunesmith.data.encoding import Encoder
 from tunesmith.data.records import BadRow
 from tunesmith.data.templates import REFUSALS
-from tunesmith.errors import ModelError, TemplateError
+from tunesmith.errors import ConfigError, ModelError, TemplateError
 from tunesmith.models.devices import compute_dtype, default_device
+from tunesmith.models.load import scale_rope
 
 _HELP = "/reset forgets what was said, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
 
@@ -40,7 +41,7 @@ def chat(model: str, *, system: str | None, max_new_tokens: int) -> None:
         raise ModelError(f"--max-new-tokens {max_new_tokens}: expected 1 or more")
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # an old terminal lacks most of Unicode
-    talker = load_talker(find_model(model), system, max_new_tokens)
+    talker = load_talker(find_model(model), system, max_new_tokens, run_config(model))
     if sys.stdin.isatty() and sys.stdout.isatty():
         _say(_HELP)
         _converse(talker, _typed_lines(), is_terminal=True)
@@ -115,6 +116,20 @@ def find_model(name: str) -> Found:
         if (path / part).is_dir():
             return _model_in(path / part)
     return _model_in(path)
+
+
+def run_config(name: str) -> Config | None:
+    """The config of the run that a run folder, its best/ or its final/ belongs to; None for any other model.
+
+    A config that no longer loads (its template file is gone, say) is passed over with a word."""
+    path = Path(name).expanduser()
+    for folder in (path, path.parent):
+        if (folder / "config.yaml").is_file() and any((folder / part).is_dir() for part in ("best", "final")):
+            try:
+                return load_config(folder / "config.yaml")
+            except ConfigError as error:
+                _say(f"without the run's own settings: {_first_line(error)}")
+    return None
 
 
 def _near(path: Path) -> str:
@@ -234,11 +249,15 @@ def stop_ids(model: Any) -> list[int]:
     return [stops] if isinstance(stops, int) else list(stops or [])
 
 
-def load_talker(found: Found, system: str | None, max_new_tokens: int) -> Talker:
-    """Load what was found, and say how it will answer."""
+def load_talker(found: Found, system: str | None, max_new_tokens: int, run: Config | None = None) -> Talker:
+    """Load what was found, and say how it will answer. The config of its `run` gives the system prompt it was
+    tuned with, where `system` is None, and how its base is to be loaded."""
     tokenizer = _load_tokenizer(found)
     dtype, why = compute_dtype(ModelConfig(path=found.base))
-    model = _load_model(found, tokenizer, dtype)
+    model = _load_model(found, tokenizer, dtype, run)
+    if system is None and run is not None and run.data.system is not None:
+        system = run.data.system
+        _say("with the system prompt of the run")
     settings = model.generation_config
     if settings.eos_token_id is None:
         settings.eos_token_id = tokenizer.eos_token_id
@@ -277,11 +296,19 @@ def _load_tokenizer(found: Found) -> Any:
     return tokenizer
 
 
-def _load_model(found: Found, tokenizer: Any, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM, GenerationConfig
+def _load_model(found: Found, tokenizer: Any, dtype: torch.dtype, run: Config | None) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+    source: dict[str, Any] = {}
+    if run is not None and found.adapter is not None:
+        source = {"trust_remote_code": run.model.trust_remote_code, "revision": run.model.revision}
     try:
-        model = AutoModelForCausalLM.from_pretrained(found.base, dtype=dtype, use_safetensors=True)
+        settings = AutoConfig.from_pretrained(found.base, **source)
+        if run is not None:
+            scale_rope(settings, run, _say)
+        model = AutoModelForCausalLM.from_pretrained(
+            found.base, config=settings, dtype=dtype, use_safetensors=True, **source
+        )
         if found.adapter is not None:
             from peft import PeftModel
 

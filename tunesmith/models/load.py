@@ -31,7 +31,7 @@ def load_model(config: Config, tokenizer: Any, say: Say) -> Any:
     say(f"model {config.model.path} in {str(dtype).removeprefix('torch.')}: {why}")
     _refuse_pickles(config.model.path)
     model_config = _load_model_config(config)
-    _scale_rope(model_config, config, say)
+    scale_rope(model_config, config, say)
     options: dict[str, Any] = {}
     if config.model.attention != "auto":
         options["attn_implementation"] = config.model.attention
@@ -90,7 +90,7 @@ def _refuse_pickles(path: str) -> None:
         )
 
 
-def _scale_rope(model_config: Any, config: Config, say: Say) -> None:
+def scale_rope(model_config: Any, config: Config, say: Say) -> None:
     """Stretch rotary positions where `data.max_length` is longer than the model was trained for."""
     trained, wanted = getattr(model_config, "max_position_embeddings", None), config.data.max_length
     rope = getattr(model_config, "rope_parameters", None)
