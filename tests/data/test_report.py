@@ -297,3 +297,25 @@ def test_a_worker_that_dies_ends_the_preparation_with_the_reason(tmp_path: Path)
             progress=lambda _: None,
         )
     assert not (tmp_path / "key").exists()
+
+
+def test_a_changed_validation_file_is_prepared_anew_under_streaming(
+    tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    _write_rows(tmp_path / "rows.jsonl", 30, bad=False)
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    values = {
+        "model": {"path": str(tmp_path / "model")},
+        "data": {
+            "train": str(tmp_path / "rows.jsonl"),
+            "valid": str(tmp_path / "valid.jsonl"),
+            "loading": "streaming",
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "train": {"max_steps": 2},
+    }
+    for number in (10, 14):
+        _write_rows(tmp_path / "valid.jsonl", number, bad=False)
+        report = load_data(Config.model_validate(values), tiny_tokenizer).report()
+        assert report["valid"][0]["rows_read"] == number
+        assert report["train"][0]["fingerprint"] == ""  # a stream is not read to its end for a hash

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import tunesmith
 from tunesmith.errors import ConfigError, MissingExtraError
+from tunesmith.training.callbacks import Schedule
 from tunesmith.training.run_folder import read_metrics
 from tunesmith.training.session import Session
 
@@ -83,18 +84,32 @@ def test_clipping_scales_the_gradient_and_reports_it_unclipped(run_config):
     assert norms[1] == pytest.approx(changes[0], rel=1e-3)
 
 
-def test_neftune_adds_noise_to_training_and_none_to_evaluation(run_config, tmp_path):
-    valid = str(write_rows(tmp_path / "valid.jsonl", conversations(5, seed=3)))
-    results = []
-    for alpha in (None, 50.0):
-        config = run_config(
-            data={"valid": valid},
-            train={"neftune_alpha": alpha, "max_steps": 1, "epochs": None},
-            run={"name": f"alpha{alpha}"},
+def test_neftune_noise_has_the_size_of_its_paper_and_evaluation_has_none(run_config, tmp_path, monkeypatch):
+    """Uniform in +-alpha / sqrt(L d) for L tokens of d dimensions (Jain et al. 2023, section 2)."""
+    seen = []
+
+    def watch(self, args, state, control, model=None, **kwargs):
+        # After training has hooked its noise in: hooks run in the order they were made.
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(
+            lambda module, inputs, output: seen.append(
+                (module.training, inputs[0].numel(), (output - module.weight[inputs[0]]).detach())
+            )
         )
-        results.append(tunesmith.sft(config).summary)
-    assert results[0]["eval_loss_before"] == results[1]["eval_loss_before"]
-    assert abs(results[0]["first_loss"] - results[1]["first_loss"]) > 0.01
+
+    monkeypatch.setattr(Schedule, "on_train_begin", watch)
+    valid = str(write_rows(tmp_path / "valid.jsonl", conversations(5, seed=3)))
+    config = run_config(data={"valid": valid}, train={"neftune_alpha": 5.0, "max_steps": 1, "epochs": None})
+    tunesmith.sft(config)
+    assert {training for training, _, _ in seen} == {True, False}
+    for training, length, noise in seen:
+        if not training:
+            assert noise.abs().max() == 0
+            continue
+        bound = 5.0 / math.sqrt(length * 64)
+        assert 0.99 * bound < noise.abs().max() <= bound * (1 + 1e-5)
+        # The standard deviation of a uniform variable is its half width over the root of 3.
+        assert noise.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.05)
 
 
 @pytest.mark.parametrize(

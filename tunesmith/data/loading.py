@@ -134,10 +134,13 @@ def open_source(
         max_length=config.data.max_length,
         too_long=config.data.too_long,
     )
-    # A stream is not read to its end for a hash, and a hub data set has its name for one.
-    has_files = config.data.loading != "streaming" and not is_hub_id(source.path)
-    fingerprint = fingerprint_files(resolve_files(source.path)) if has_files else ""
-    return rows, options, SourceReport(source.path, name, fingerprint)
+    return rows, options, SourceReport(source.path, name)
+
+
+def _fingerprint(source: SourceConfig) -> str:
+    """Hash of the files' content, which reads them to the end; empty for a hub data set, which has its name
+    for one."""
+    return "" if is_hub_id(source.path) else fingerprint_files(resolve_files(source.path))
 
 
 def _detect(rows: Callable[[], Iterator[RawRow]], path: str, columns: dict[str, str]) -> Format:
@@ -192,6 +195,7 @@ def _load_cached(sources: list[SourceConfig], config: Config, tokenizer: Any, sa
     num_rows = num_examples = 0
     for source in sources:
         rows, options, report = open_source(source, config, say)
+        report.fingerprint = _fingerprint(source)
         key = cache.cache_key(
             report.fingerprint or "hub",
             tokenizer,
@@ -254,6 +258,7 @@ def _load_lazy(sources: list[SourceConfig], config: Config, tokenizer: Any, say:
     datasets, preparers, reports, bounds, num_rows = [], [], [], [], 0
     for source in sources:
         rows, options, report = open_source(source, config, say)
+        report.fingerprint = _fingerprint(source)
         key = report.fingerprint or "hub-" + source.path.replace("/", "--").replace(":", "--")
         dataset = cache.write_raw(_cache_dir(config) / f"raw-{key}-{config.data.max_row_bytes}", rows)
         datasets.append(dataset)

@@ -24,6 +24,7 @@ from transformers import Trainer
 
 from tunesmith.data.loading import RowSet
 from tunesmith.data.report import SourceReport
+from tunesmith.data.rows import CachedRows
 from tunesmith.models.save import save_weights
 from tunesmith.packing.collate import collate_flat
 from tunesmith.packing.loader import PlanSampler, plan_loader
@@ -139,9 +140,10 @@ class PackTrainer(Trainer):
             counts = self.accelerator.reduce(counts, reduction="sum")
         self.step_counts = StepCounts(int(counts[1]), int(counts[2]), int(counts[3]), started_at)
         self._step_packs, self._step_losses = packs, []
-        for pack in packs:
-            for row in pack["rows"]:
-                self.rows_report.add(row)
+        if not isinstance(self.train_rows.rows, CachedRows):  # those were counted when they were prepared
+            for pack in packs:
+                for row in pack["rows"]:
+                    self.rows_report.add(row)
         return packs, counts[0].float()
 
     # --- loss
