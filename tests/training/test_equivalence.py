@@ -100,7 +100,7 @@ def same_weights(model: torch.nn.Module, folder: Path, *, rtol: float) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("packing", ["flat", "none"])
+@pytest.mark.parametrize("packing", ["tree", "flat", "none"])
 def test_lora_losses_and_weights_follow_a_plain_loop(run_config, family, packing):
     config = run_config(family, data={"packing": packing})
     expected, model = plain_loop(config, steps=5)
@@ -147,6 +147,29 @@ def test_the_size_of_passes_changes_neither_loss_nor_gradient(run_config, tmp_pa
             ), key
     # The three runs really were split differently.
     assert [line["rows"] for line in lines[0]] == [8, 8, 4]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_a_run_is_the_same_with_and_without_sharing(run_config, family):
+    """All rows share a system prompt, which only one of the three runs computes once."""
+    system = "red green blue one two three"  # a byte is a token: long enough to be shared
+    lines = {}
+    for packing in ("tree", "flat", "none"):
+        result = tunesmith.sft(
+            run_config(
+                family,
+                run={"name": packing},
+                data={"packing": packing, "system": system},
+                train={"epochs": None, "max_steps": 3, "batch_size": 8},
+            )
+        )
+        lines[packing] = [line for line in read_metrics(result.run / "metrics.jsonl") if "loss" in line]
+    for packing in ("flat", "none"):
+        for tree, other in zip(lines["tree"], lines[packing], strict=True):
+            for key in ("rows", "tokens", "target_tokens"):
+                assert tree[key] == other[key]
+            for key in ("loss", "grad_norm"):
+                assert tree[key] == pytest.approx(other[key], rel=2e-5), key
 
 
 def test_eval_loss_is_the_mean_over_all_validation_targets_whatever_the_pass(run_config, tmp_path):

@@ -82,7 +82,9 @@ class ModelConfig(Section):
     attention: Literal[
         "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
     ] = "auto"
-    """Attention implementation of transformers. `auto` is its own choice (sdpa)."""
+    """Attention implementation of transformers. `auto` takes the fastest that can do what `data.packing`
+    asks: our own on a CPU; on a GPU FlexAttention for `tree`, and FlashAttention, if installed, for `flat`;
+    else what transformers chooses (sdpa). With any other value examples cannot share prefixes (`tree`)."""
     quantization: Literal["none", "nf4", "int8"] = "none"
     """Hold the frozen base weights in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). Needs an
     adapter."""
@@ -190,9 +192,11 @@ class DataConfig(Section):
     fetched; `streaming` reads the files in order, never all of them (needs `train.max_steps`)."""
     shuffle_buffer: PositiveInt = 10_000
     """Rows held for shuffling under `loading: streaming`."""
-    packing: Literal["flat", "none"] = "flat"
-    """`flat` lays the examples of a micro-batch end to end in one forward pass, each seeing only itself;
-    `none` runs one example a pass. The result is the same; neither pads."""
+    packing: Literal["tree", "flat", "none"] = "tree"
+    """`tree` lays the examples of a micro-batch end to end in one forward pass, each seeing only itself, and
+    computes once what several of them begin with (a system prompt, a document, the earlier turns of a chat);
+    `flat` does so without sharing; `none` runs one example a pass. The result is the same; none pads. Where a
+    model cannot do what is asked, the run says so and does the next of the three."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that prepare rows. Default: one a core, or none (this process alone) when the files are
     under 16 MiB."""

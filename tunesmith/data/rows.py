@@ -46,6 +46,21 @@ class CachedRows:
         values = self._dataset.with_format("arrow")[name]
         return np.asarray(values.to_numpy() if hasattr(values, "to_numpy") else values)
 
+    def token_chunks(
+        self,
+    ) -> tuple[list[tuple[NDArray[np.int32], NDArray[np.int32]]], NDArray[np.int64] | None]:
+        """The tokens of all examples where they lie on disk, none of them copied: (values, offsets) of each
+        Arrow chunk, row r being values[offsets[r] : offsets[r + 1]]; and, after `select`, the row that each
+        example is, counted through all chunks (None: the rows are the examples)."""
+        chunks = [
+            (chunk.values.to_numpy(zero_copy_only=True), chunk.offsets.to_numpy(zero_copy_only=True))
+            for chunk in self._dataset.data.column("input_ids").chunks
+        ]
+        # `select` of scattered rows leaves the table as it is and keeps a table of indices beside it, which
+        # datasets has no public name for; reading through it would copy the tokens.
+        indices = self._dataset._indices
+        return chunks, None if indices is None else indices.column(0).to_numpy().astype(np.int64)
+
     def fingerprints(self) -> NDArray[np.uint64]:
         return self.column("fingerprint")
 

@@ -10,14 +10,13 @@ from torch.nn import functional as F
 
 
 def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Sum over predictions of weight * -log softmax(logits)[target], in nats.
+    """weight * -log softmax(logits)[target] of each prediction, in nats: [P] float32.
 
     logits [P, V] of any floating type (the softmax is taken in float32); targets [P] int64; weights [P]
-    float32. Returns a float32 scalar: not a mean, since the caller divides by the weight of the whole
-    optimiser step, of which these predictions may be a part. Raises ValueError if the shapes do not agree."""
+    float32. Not a mean: the caller divides by the weight of the whole optimiser step, of which these
+    predictions may be a part. Raises ValueError if the shapes do not agree."""
     if logits.shape[:-1] != targets.shape or targets.shape != weights.shape:
         raise ValueError(
             f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}, weights {tuple(weights.shape)}"
         )
-    nll = F.cross_entropy(logits.float(), targets, reduction="none")
-    return (nll * weights).sum()
+    return F.cross_entropy(logits.float(), targets, reduction="none") * weights

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
 from tunesmith.config import AdapterConfig, Config
 from tunesmith.errors import ModelError
+from tunesmith.models.fuse import PIECES, fuse
 from tunesmith.models.load import load_model
 
 
-def build_model(config: Config, tokenizer: Any, say: Callable[[str], None]) -> Any:
-    """The model of the config, loaded and adapted; adapters are drawn from `run.seed`."""
+def build_model(
+    config: Config, tokenizer: Any, say: Callable[[str], None], pieces: Collection[str] = PIECES
+) -> Any:
+    """The model of the config, loaded, adapted, and its `pieces` fused (fuse.py); adapters are drawn from
+    `run.seed`."""
     from transformers import set_seed
 
     set_seed(config.run.seed)
-    return adapt_model(load_model(config, tokenizer, say), config, tokenizer)
+    model = adapt_model(load_model(config, tokenizer, say), config, tokenizer)
+    fuse(model, pieces)
+    return model
 
 
 def adapt_model(model: Any, config: Config, tokenizer: Any) -> Any:

@@ -2,7 +2,8 @@
 
     rows of an epoch     a permutation, a pure function of (seed, epoch)
     a step               the next `batch_size` of them; the last step of an epoch holds what is left
-    a forward pass       some examples of the step, at most `micro_batch_tokens` tokens in all
+    a forward pass       some examples of the step, at most `micro_batch_tokens` tokens in all, a prefix that
+                         they share counted once where passes share prefixes (see `sharing`, `balance`)
 
 Every step has the same number of passes on every rank, so that transformers' gradient accumulation, DDP and
 FSDP work unmodified; a pass may be empty where a step has fewer examples than passes. Packing, pass size and
@@ -13,13 +14,18 @@ there.
 from __future__ import annotations
 
 import bisect
-import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tunesmith.packing.balance import Steps, split_step, sweep
+from tunesmith.packing.sharing import Sharing
+
+_CELLS = 1 << 20  # examples of the steps that are looked at together: a few arrays of 8 MiB
+_FIRST_STEPS = 64  # of the heaviest steps, which most often decide
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class StepPlan:
     """The plan of a run.
 
     lengths: [N] tokens of each example. row_starts: [R + 1]; row r owns examples row_starts[r]:row_starts[r +
-    1] (several where a template is expanded per turn). passes: forward passes per step and rank."""
+    1] (several where a template is expanded per turn). passes: forward passes per step and rank. sharing:
+    what the examples have in common, where passes compute a common prefix once."""
 
     lengths: NDArray[np.int32]
     row_starts: NDArray[np.int64]
@@ -48,16 +55,27 @@ class StepPlan:
     passes: int
     steps_per_epoch: int
     shuffle: bool
+    sharing: Sharing | None = None
 
     def rows_of_epoch(self, epoch: int) -> NDArray[np.int64]:
         """[rows] the order of one epoch."""
         return _rows_of_epoch(self.sources, self.seed, epoch, shuffle=self.shuffle)
 
     def split(self, rows: Sequence[int] | NDArray[np.int64]) -> list[list[list[int]]]:
-        """The examples of one step as [rank][pass][example], balanced by token count."""
-        examples = _examples_of(rows, self.row_starts)
-        bins = _balance(examples, self.lengths, self.num_ranks * self.passes)
-        return [bins[rank :: self.num_ranks] for rank in range(self.num_ranks)]
+        """The examples of one step as [rank][pass][example], balanced by what the passes cost. Where sharing
+        is known, those of a pass are in rank order: examples that begin alike lie side by side."""
+        examples = _examples_of(np.asarray(rows, dtype=np.int64), self.row_starts)
+        common = None
+        if self.sharing is not None:
+            examples, common = self.sharing.in_order(examples)
+        bins = split_step(
+            self.lengths[examples].tolist(),
+            None if common is None else common.tolist(),
+            self.num_ranks * self.passes,
+        )
+        names = examples.tolist()
+        named = [[names[n] for n in bin_] for bin_ in bins]
+        return [named[rank :: self.num_ranks] for rank in range(self.num_ranks)]
 
 
 def make_plan(
@@ -73,26 +91,62 @@ def make_plan(
     max_steps: int | None,
     one_example_a_pass: bool,
     shuffle: bool = True,
+    sharing: Sharing | None = None,
 ) -> StepPlan:
-    """Plan a run of `epochs` passes over the rows, or of `max_steps` steps.
+    """Plan a run of `max_steps` steps or, without, of `epochs` passes over the rows.
+
+    sharing: common prefixes of the examples, if a pass computes each of its prefixes once. `passes` is the
+    fewest with which no pass of any step of the run goes over `micro_batch_tokens`: one fewer, and some step
+    would.
 
     Raises ValueError if an example is longer than `micro_batch_tokens`."""
     if len(lengths) and int(lengths.max()) > micro_batch_tokens:
         raise ValueError(f"an example of {int(lengths.max())} tokens does not fit in {micro_batch_tokens}")
-    num_rows = len(_rows_of_epoch(sources, seed, 0, shuffle=shuffle))
-    steps_per_epoch = max(1, math.ceil(num_rows / batch_size))
-    num_epochs = math.ceil(epochs) if epochs is not None else math.ceil((max_steps or 1) / steps_per_epoch)
+    steps_per_epoch = max(1, math.ceil(_rows_in_epoch(sources) / batch_size))
+    if max_steps is not None:
+        num_steps = max_steps
+    else:
+        num_steps = max(1, round((1 if epochs is None else epochs) * steps_per_epoch))
     if one_example_a_pass:
-        micro_batch_tokens = 0  # nothing shares a pass
-    passes = 1
-    for epoch in range(num_epochs):
-        rows = _rows_of_epoch(sources, seed, epoch, shuffle=shuffle)
-        passes = _passes_needed(
-            rows, lengths, row_starts, batch_size, micro_batch_tokens, num_ranks, at_least=passes
+        sharing = None
+
+    def plan(passes: int) -> StepPlan:
+        return StepPlan(
+            lengths,
+            row_starts,
+            tuple(sources),
+            batch_size,
+            num_ranks,
+            seed,
+            passes,
+            steps_per_epoch,
+            shuffle,
+            sharing,
         )
-    return StepPlan(
-        lengths, row_starts, tuple(sources), batch_size, num_ranks, seed, passes, steps_per_epoch, shuffle
-    )
+
+    def epochs_of_run() -> Iterator[_Epoch]:
+        for epoch in range(math.ceil(num_steps / steps_per_epoch)):
+            rows = _rows_of_epoch(sources, seed, epoch, shuffle=shuffle)
+            rows = rows[: (num_steps - epoch * steps_per_epoch) * batch_size]
+            if len(rows):
+                yield _Epoch(rows, lengths, row_starts, batch_size, micro_batch_tokens, sharing)
+
+    passes = 1
+    if one_example_a_pass:
+        for epoch in epochs_of_run():
+            passes = max(passes, math.ceil(int(epoch.num_examples.max()) / num_ranks))
+        return plan(passes)
+    for epoch in epochs_of_run():
+        passes = _enough_passes(epoch, num_ranks, at_least=passes)
+    if sharing is not None:
+        while passes > 1 and all(_fits(epoch, (passes - 1) * num_ranks) for epoch in epochs_of_run()):
+            passes -= 1
+    return plan(passes)
+
+
+def _rows_in_epoch(sources: Sequence[RowSource]) -> int:
+    sizes = [(source.end - source.start, source.weight) for source in sources]
+    return sum(int(weight) * size + round((weight % 1) * size) for size, weight in sizes)
 
 
 def _rows_of_epoch(
@@ -110,67 +164,139 @@ def _rows_of_epoch(
     return rng.permutation(rows) if shuffle else rows
 
 
-def _examples_of(rows: Sequence[int] | NDArray[np.int64], row_starts: NDArray[np.int64]) -> list[int]:
-    return [example for row in rows for example in range(int(row_starts[row]), int(row_starts[row + 1]))]
+def _examples_of(rows: NDArray[np.int64], row_starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The examples of the rows, in their order."""
+    starts = row_starts[rows]
+    counts = row_starts[rows + 1] - starts
+    if (counts == 1).all():
+        return starts
+    ends = np.cumsum(counts)
+    return np.arange(counts.sum()) + np.repeat(starts - ends + counts, counts)
 
 
-def _balance(examples: Sequence[int], lengths: NDArray[np.int32], num_bins: int) -> list[list[int]]:
-    """Longest first, each into the bin with the fewest tokens: at most 4/3 of the best possible largest bin
-    (Graham 1969). Ties go to the lower bin and the earlier example, so the result is a pure function."""
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    heap = [(0, i) for i in range(num_bins)]
-    order = sorted(range(len(examples)), key=lambda k: (-int(lengths[examples[k]]), k))
-    for k in order:
-        tokens, i = heap[0]
-        bins[i].append(examples[k])
-        heapq.heapreplace(heap, (tokens + int(lengths[examples[k]]), i))
-    return bins
+class _Epoch:
+    """The steps of one epoch, and how many tokens and examples each has: int64 [steps]."""
+
+    def __init__(
+        self,
+        rows: NDArray[np.int64],
+        lengths: NDArray[np.int32],
+        row_starts: NDArray[np.int64],
+        batch_size: int,
+        micro_batch_tokens: int,
+        sharing: Sharing | None,
+    ) -> None:
+        self.rows = rows
+        self.lengths = lengths
+        self.row_starts = row_starts
+        self.batch_size = batch_size
+        self.micro_batch_tokens = micro_batch_tokens
+        self.sharing = sharing
+        first_rows = np.arange(0, len(rows), batch_size)
+        tokens_before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        row_tokens = tokens_before[row_starts[1:]] - tokens_before[row_starts[:-1]]
+        self.num_tokens = np.add.reduceat(row_tokens[rows], first_rows)
+        self.num_examples = np.add.reduceat(np.diff(row_starts)[rows], first_rows)
+
+    def heaviest_first(self) -> Iterator[NDArray[np.int64]]:
+        """The steps by falling number of tokens, some at a time: few at first, then as many as fit."""
+        order = np.argsort(-self.num_tokens, kind="stable")
+        at, limit = 0, _FIRST_STEPS
+        while at < len(order):
+            steps = order[at : at + limit]
+            cells = np.maximum.accumulate(self.num_examples[steps]) * np.arange(1, len(steps) + 1)
+            steps = steps[: max(1, int(np.searchsorted(cells, _CELLS, side="right")))]
+            yield steps
+            at += len(steps)
+            limit *= 4
+
+    def lay_out(self, steps: NDArray[np.int64], bins: int) -> Steps:
+        """Those of the steps that may not fit in so many bins."""
+        row_numbers = steps[:, None] * self.batch_size + np.arange(self.batch_size)
+        inside = row_numbers < len(self.rows)
+        examples = _examples_of(self.rows[row_numbers[inside]], self.row_starts)
+        num_examples = self.num_examples[steps]
+        place = np.arange(num_examples.max()) < num_examples[:, None]
+        lengths = np.zeros(place.shape, dtype=np.int64)
+        lengths[place] = self.lengths[examples]
+        # Graham: no bin of the longest-first split holds more than the mean and the longest example.
+        doubtful = (num_examples > bins) & (
+            self.num_tokens[steps] / bins + lengths.max(axis=1) > self.micro_batch_tokens
+        )
+        lengths = lengths[doubtful]
+        if self.sharing is None:
+            return Steps(np.ascontiguousarray(lengths.T), None, self.micro_batch_tokens)
+        # In rank order; what fills up a short step comes last.
+        ranks = np.full(place.shape, len(self.sharing), dtype=np.int64)
+        ranks[place] = self.sharing.rank[examples]
+        ranks = ranks[doubtful]
+        order = np.argsort(ranks, axis=1, kind="stable")
+        ranks = np.take_along_axis(ranks, order, axis=1)
+        lengths = np.take_along_axis(lengths, order, axis=1)
+        common = np.zeros_like(lengths)
+        common[:, 1:] = np.minimum(self.sharing.between(ranks[:, :-1], ranks[:, 1:]), lengths[:, 1:])
+        return Steps(np.ascontiguousarray(lengths.T), np.ascontiguousarray(common.T), self.micro_batch_tokens)
 
 
-def _passes_needed(
-    rows: NDArray[np.int64],
-    lengths: NDArray[np.int32],
-    row_starts: NDArray[np.int64],
-    batch_size: int,
-    micro_batch_tokens: int,
-    num_ranks: int,
-    *,
-    at_least: int,
-) -> int:
-    """The fewest passes with which every step of this epoch keeps within `micro_batch_tokens`.
-
-    Steps are looked at from the one with most tokens down; those that must fit by Graham's bound
-    (largest bin <= mean + longest) are not packed to find out."""
-    if not len(rows):
-        return at_least
-    row_tokens = np.add.reduceat(np.append(lengths, 0), row_starts[:-1])
-    row_tokens[row_starts[:-1] == row_starts[1:]] = 0
-    first_rows = np.arange(0, len(rows), batch_size)
-    step_tokens = np.add.reduceat(row_tokens[rows].astype(np.int64), first_rows)
-    longest_of_all = int(lengths.max())
-    passes = at_least
-    for step in np.argsort(-step_tokens, kind="stable"):
+def _enough_passes(epoch: _Epoch, num_ranks: int, *, at_least: int) -> int:
+    """The fewest passes with which each step fits by its contiguous pieces or by the longest-first split with
+    no prefix counted as shared. Both can only fit better in more bins (of the second: by induction, the k-th
+    fullest bin never grows), so this is found by bisection, and holds for all greater numbers too."""
+    passes, longest = at_least, int(epoch.lengths.max(initial=0))
+    for block in epoch.heaviest_first():
         bins = passes * num_ranks
-        if step_tokens[step] / bins + longest_of_all <= micro_batch_tokens:
-            break  # and so do all the steps after it, which hold fewer tokens
-        step_rows = rows[first_rows[step] : first_rows[step] + batch_size]
-        examples = _examples_of(step_rows, row_starts)
-        if not micro_batch_tokens:
-            passes = max(passes, math.ceil(len(examples) / num_ranks))
-            continue
-        while _largest(examples, lengths, passes * num_ranks) > micro_batch_tokens:
-            passes += 1
+        if epoch.num_tokens[block[0]] / bins + longest <= epoch.micro_batch_tokens:
+            break  # and so do all that come after it, which hold fewer tokens
+        steps = epoch.lay_out(block, bins)
+        enough = -(-steps.bins_enough() // num_ranks)
+        too_few, fewest = passes - 1, int(enough.max(initial=passes))
+        while fewest - too_few > 1:
+            # What was enough so far comes first: mostly it still is.
+            tried = passes if too_few < passes else (too_few + fewest) // 2
+            fails = enough > tried
+            fails[fails] = steps.select(fails).largest_unshared(tried * num_ranks) > epoch.micro_batch_tokens
+            if fails.any():
+                too_few, steps, enough = tried, steps.select(fails), enough[fails]
+            else:
+                fewest = tried
+        passes = fewest
     return passes
 
 
-def _largest(examples: list[int], lengths: NDArray[np.int32], num_bins: int) -> int:
-    return max(sum(int(lengths[e]) for e in bin_) for bin_ in _balance(examples, lengths, num_bins))
+def _fits(epoch: _Epoch, bins: int) -> bool:
+    """Whether each step fits in so many bins as `split_step` will split it."""
+    longest = int(epoch.lengths.max(initial=0))
+    for block in epoch.heaviest_first():
+        if epoch.num_tokens[block[0]] / bins + longest <= epoch.micro_batch_tokens:
+            break
+        steps = epoch.lay_out(block, bins)
+        steps = steps.select(steps.bins_enough() > bins)
+        steps = steps.select(steps.largest_unshared(bins) > epoch.micro_batch_tokens)
+        if (steps.largest_shared(bins) > epoch.micro_batch_tokens).any():
+            return False
+    return True
 
 
-def fill_passes(lengths: NDArray[np.int32], max_tokens: int) -> list[list[int]]:
-    """Items grouped into few passes of at most `max_tokens` tokens each (best-fit decreasing over a sorted
-    list of free room), for evaluation, where order does not matter. An item longer than that has a pass of
-    its own."""
+def fill_passes(
+    lengths: NDArray[np.int32], max_tokens: int, sharing: Sharing | None = None
+) -> list[list[int]]:
+    """Items grouped into few passes of at most `max_tokens` tokens each, for evaluation, where order does not
+    matter. An item longer than that has a pass of its own.
+
+    Best-fit decreasing over a sorted list of free room; or, if that takes no more passes, neighbours in rank
+    order together, each prefix counted once. Where sharing is known, a pass is in rank order."""
+    passes = _best_fit(lengths, max_tokens)
+    if sharing is None:
+        return passes
+    items, common = sharing.in_order(np.arange(len(lengths)))
+    names = items.tolist()
+    pieces = sweep(lengths[items].tolist(), common.tolist(), max_tokens)
+    if len(pieces) <= len(passes):
+        return [[names[n] for n in piece] for piece in pieces]
+    return [sorted(a_pass, key=sharing.rank.__getitem__) for a_pass in passes]
+
+
+def _best_fit(lengths: NDArray[np.int32], max_tokens: int) -> list[list[int]]:
     passes: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, pass), sorted
     for item in np.argsort(-lengths, kind="stable"):

@@ -8,22 +8,31 @@ from typing import Any
 from torch import Tensor
 
 from tunesmith.losses.cross_entropy import weighted_cross_entropy
+from tunesmith.models.fuse import loss_head
 
 
 def next_token_loss(model: Any, pack: dict[str, Any]) -> Tensor:
-    """Sum over the pack's predictions of weight * negative log-likelihood, in nats (a scalar, float32).
+    """Sum over the pack's predictions of weight * negative log-likelihood, in nats (a scalar, float32)."""
+    return prediction_losses(model, pack).sum()
 
-    Logits are made at predictions only, never at every position."""
-    positions = pack["positions"]
-    output = model(
-        input_ids=pack["input_ids"],
-        position_ids=pack["position_ids"],
-        use_cache=False,
-        # An empty pack makes one logit that counts nothing, so that every rank's graph has the same
-        # parameters.
-        logits_to_keep=positions if len(positions) else 1,
-    )
-    logits = output.logits[0]
+
+def prediction_losses(model: Any, pack: dict[str, Any]) -> Tensor:
+    """weight * negative log-likelihood of each of the pack's predictions, in nats: [P] float32.
+
+    Logits are made at predictions only, never at every position. An empty pack makes one that counts nothing,
+    so that every rank's graph has the same parameters."""
+    positions, targets, weights = pack["positions"], pack["targets"], pack["weights"]
     if not len(positions):
-        return logits.float().sum() * 0.0
-    return weighted_cross_entropy(logits, pack["targets"], pack["weights"])
+        positions, targets, weights = (tensor.new_zeros(1) for tensor in (positions, targets, weights))
+    inputs = {
+        "input_ids": pack["input_ids"],
+        "position_ids": pack["position_ids"],
+        "use_cache": False,
+        "logits_to_keep": positions,
+    }
+    if pack["layout"] is not None:  # a prefix tree; models without attention for one need not know the keyword
+        inputs["layout"] = pack["layout"]
+    head = loss_head(model)
+    if head is not None:
+        return head(model, targets, weights, **inputs)
+    return weighted_cross_entropy(model(**inputs).logits[0], targets, weights)

@@ -12,6 +12,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from tunesmith.config import Config
 from tunesmith.data.loading import Data, RowSet
+from tunesmith.data.rows import CachedRows
 from tunesmith.errors import Interrupted
 from tunesmith.models.adapt import count_parameters
 from tunesmith.models.cost import (
@@ -20,9 +21,11 @@ from tunesmith.models.cost import (
     training_cost,
 )
 from tunesmith.models.devices import compute_dtype, matmul_flops_per_second
-from tunesmith.models.packable import documents_stay_apart
+from tunesmith.models.packable import Packing, possible_packing
 from tunesmith.models.save import save_artifact
+from tunesmith.packing.collate import collate_flat, collate_tree
 from tunesmith.packing.plan import RowSource, StepPlan, make_plan
+from tunesmith.packing.sharing import Sharing
 from tunesmith.training.answers import Question, answer, questions, stop_ids
 from tunesmith.training.arguments import training_arguments
 from tunesmith.training.callbacks import KeepBest, MetricsFile, Schedule, StopOnSignal
@@ -59,7 +62,8 @@ class Session:
         checkpointing, why = choose_gradient_checkpointing(model, config, self.dtype)
         if checkpointing:
             enable_gradient_checkpointing(model)
-        self.plan = _plan(config, data.train, model, progress)
+        packing = _packing(config, model, progress)
+        self.plan = _plan(config, data.train, packing)
         arguments = training_arguments(config, self.plan, run.path, dtype=self.dtype)
         self._signals = StopOnSignal(progress.say)
         self._line = ProgressLine(progress.console)
@@ -67,6 +71,7 @@ class Session:
             model=model,
             args=arguments,
             objective=objective,
+            collate=collate_tree if packing == "tree" else collate_flat,
             decode=tokenizer.decode,
             plan=self.plan,
             train_rows=data.train,
@@ -211,11 +216,27 @@ class Session:
         say(checkpointing)
 
 
-def _plan(config: Config, rows: RowSet, model: Any, progress: Progress) -> StepPlan:
-    packs = config.data.packing == "flat"
-    if packs and not documents_stay_apart(model):
-        packs = False
+def _packing(config: Config, model: Any, progress: Progress) -> Packing:
+    """What the config asks for, or as much of it as the model can do: the result of training is the same."""
+    wanted = config.data.packing
+    if wanted == "none":
+        return wanted
+    possible = possible_packing(model)
+    if possible == "none":
         progress.say("documents in one pass would see each other in this model; each example runs by itself")
+        return possible
+    if wanted == "tree" and possible == "flat":
+        attention = model.config._attn_implementation
+        progress.say(f"attention {attention} of this model cannot share prefixes; each example has its own")
+        return possible
+    return wanted
+
+
+def _plan(config: Config, rows: RowSet, packing: Packing) -> StepPlan:
+    # Lazy and streamed rows have no tokens yet: packs of them share what happens to lie in one pass.
+    sharing = None
+    if packing == "tree" and isinstance(rows.rows, CachedRows):
+        sharing = Sharing.of_tokens(*rows.rows.token_chunks())
     return make_plan(
         rows.lengths,
         rows.row_starts,
@@ -226,8 +247,9 @@ def _plan(config: Config, rows: RowSet, model: Any, progress: Progress) -> StepP
         seed=config.run.seed,
         epochs=config.train.epochs,
         max_steps=config.train.max_steps,
-        one_example_a_pass=not packs,
+        one_example_a_pass=packing == "none",
         shuffle=config.data.loading != "streaming",
+        sharing=sharing,
     )
 
 

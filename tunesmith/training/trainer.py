@@ -26,7 +26,6 @@ from tunesmith.data.loading import RowSet
 from tunesmith.data.report import SourceReport
 from tunesmith.data.rows import CachedRows
 from tunesmith.models.save import save_weights
-from tunesmith.packing.collate import collate_flat
 from tunesmith.packing.loader import PlanSampler, plan_loader
 from tunesmith.packing.plan import StepPlan, fill_passes
 from tunesmith.training.bad_step import write_bad_step
@@ -49,7 +48,8 @@ class StepCounts:
 
 class PackTrainer(Trainer):
     """Trains `model` on `train_rows` in the order of `plan`, to lower `objective`; evaluates on `valid_rows`
-    if there are any. `decode` turns token ids into text, for the report of a bad step."""
+    if there are any. `collate` makes a pack of rows; `decode` turns token ids into text, for the report of a
+    bad step."""
 
     optimizer: Any  # transformers declares it without a type
 
@@ -59,6 +59,7 @@ class PackTrainer(Trainer):
         model: Any,
         args: Any,
         objective: Objective,
+        collate: Callable[[Sequence[Any]], Pack],
         decode: Callable[[Any], str],
         plan: StepPlan,
         train_rows: RowSet,
@@ -69,6 +70,7 @@ class PackTrainer(Trainer):
         callbacks: Sequence[Any] = (),
     ) -> None:
         self.objective = objective
+        self.collate = collate
         self.decode = decode
         self.plan = plan
         self.train_rows = train_rows
@@ -109,7 +111,7 @@ class PackTrainer(Trainer):
             self.train_rows.rows,  # type: ignore[arg-type]  # indexable is all that a map-style loader asks
             self.plan,
             rank=self.args.process_index,
-            collate=collate_flat,
+            collate=self.collate,
             workers=self.args.dataloader_num_workers,
             pin_memory=self.args.device.type == "cuda",
         )
@@ -130,8 +132,8 @@ class PackTrainer(Trainer):
             [
                 float(sum(pack["weights"].sum(dtype=torch.float64) for pack in packs)),
                 sum(len(pack["rows"]) for pack in packs),
-                sum(pack["input_ids"].shape[1] for pack in packs if pack["rows"]),
-                sum(len(pack["targets"]) for pack in packs),
+                sum(pack["num_tokens"] for pack in packs),
+                sum(pack["num_targets"] for pack in packs),
             ],
             dtype=torch.float64,
             device=device if device.type != "mps" else "cpu",
@@ -223,13 +225,13 @@ class PackTrainer(Trainer):
         was_training = self.model.training
         self.model.eval()
         for items in passes:
-            pack = collate_flat([rows.rows[item] for item in items])
+            pack = self.collate([rows.rows[item] for item in items])
             if not len(pack["targets"]):
                 continue
             with self.autocast():
                 loss = self.objective(self.model, self._prepare_inputs(pack))
             sums += torch.tensor(
-                [float(loss), float(pack["weights"].sum()), len(pack["targets"])], dtype=torch.float64
+                [float(loss), float(pack["weights"].sum()), pack["num_targets"]], dtype=torch.float64
             )
         self.model.train(was_training)
         if self.args.world_size > 1:

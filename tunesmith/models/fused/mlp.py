@@ -1,0 +1,95 @@
+"""The gated feed-forward of Llama and its kin in one autograd node, LoRA included.
+
+    y = down(act(gate(x)) * up(x))           Shazeer 2020, arXiv:2002.05202
+
+Saved for the backward pass: x, gate(x), up(x) and three r-wide products. The product act(gate) * up, as wide as
+the layer, is made again: two cheap passes over memory against one tensor a layer less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tunesmith.models.fused.linear import LinearParts, backward_one, draw_seeds, forward_one, pass_dtype
+
+
+class Activation(NamedTuple):
+    """An activation's name; a plain value, so that a test can compare it."""
+
+    kind: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x) if self.kind == "silu" else F.gelu(x, approximate=self._approximate)
+
+    def backward_(self, grad: Tensor, x: Tensor) -> Tensor:
+        """Gradient of the input, written over `grad`."""
+        if self.kind == "silu":
+            return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
+        return torch.ops.aten.gelu_backward.grad_input(
+            grad, x, approximate=self._approximate, grad_input=grad
+        )
+
+    @property
+    def _approximate(self) -> str:
+        return "tanh" if self.kind == "gelu_tanh" else "none"
+
+
+ACTIVATIONS = tuple(map(Activation, ("silu", "gelu_tanh", "gelu")))
+
+
+def gated_mlp(x: Tensor, layers: Sequence[LinearParts], activation: Activation) -> Tensor:
+    """x [..., I] through gate, up and down, given in this order -> [..., I]."""
+    tensors = [tensor for layer in layers for tensor in layer.tensors]
+    numbers = [(layer.scale, layer.dropout) for layer in layers]
+    output: Tensor = _GatedMlp.apply(x, pass_dtype(x), activation, numbers, draw_seeds(layers), *tensors)
+    return output
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, dtype: torch.dtype, activation: Activation, numbers: Any, seeds: Any, *tensors: Any
+    ) -> Tensor:
+        gate, up, down = (
+            LinearParts(*tensors[4 * i : 4 * i + 4], *numbers[i])  # type: ignore[misc]
+            for i in range(3)
+        )
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        g, gate_h = forward_one(flat, gate, seeds[0])
+        u, up_h = forward_one(flat, up, seeds[1])
+        y, down_h = forward_one(activation.forward(g).mul_(u), down, seeds[2])
+        ctx.save_for_backward(flat, g, u, gate_h, up_h, down_h, *tensors)
+        ctx.activation, ctx.numbers, ctx.seeds = activation, numbers, seeds
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, g, u, gate_h, up_h, down_h, *tensors = ctx.saved_tensors
+        gate, up, down = (LinearParts(*tensors[4 * i : 4 * i + 4], *ctx.numbers[i]) for i in range(3))
+        needs = [ctx.needs_input_grad[5 + 4 * i : 9 + 4 * i] for i in range(3)]
+        needs_x = ctx.needs_input_grad[0]
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        activated = ctx.activation.forward(g)
+        inner_needed = needs_x or any(needs[0]) or any(needs[1])
+        product = activated * u if needs[2][0] or needs[2][2] else activated
+        dinner, down_grads = backward_one(
+            dy, product, down_h, down, ctx.seeds[2], (inner_needed, *needs[2]), None
+        )
+        dx: Tensor | None = None
+        gate_grads: list[Tensor | None] = [None] * 4
+        up_grads: list[Tensor | None] = [None] * 4
+        if dinner is not None:
+            del product
+            du = activated.mul_(dinner)
+            dx, up_grads = backward_one(du, x, up_h, up, ctx.seeds[1], (needs_x, *needs[1]), None)
+            dg = ctx.activation.backward_(dinner.mul_(u), g)
+            dx, gate_grads = backward_one(dg, x, gate_h, gate, ctx.seeds[0], (needs_x, *needs[0]), dx)
+        if dx is not None:
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+        return dx, None, None, None, None, *gate_grads, *up_grads, *down_grads
