@@ -10,6 +10,7 @@ import argparse
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -170,4 +171,6 @@ def _run(
 
 
 if __name__ == "__main__":
+    # subprocess.run ends its child when it is left by an exception, and a bare SIGTERM raises none.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()

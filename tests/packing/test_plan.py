@@ -181,6 +181,28 @@ def test_sharing_changes_passes_only_and_none_goes_over_its_limit(examples, batc
             assert largest_pass(fewer, known) > options["micro_batch_tokens"]
 
 
+def test_a_step_whose_mean_fits_but_whose_examples_do_not_pair_up_takes_another_pass():
+    # 50 + 50 + 30 over two ranks: 65 each on the mean, and 80 for whoever gets two.
+    assert plan_of([50, 50, 30], batch_size=3, micro_batch_tokens=70, num_ranks=2).passes == 2
+
+
+def test_one_fewer_pass_where_only_the_shared_cost_of_the_longest_first_split_fits():
+    # 20 tokens in common, then 4, 7, 5 and 2: [7 2] [5 4] costs 29; pieces 4 | 7 5 | 2 cost no less than 31.
+    lengths = np.array([24, 27, 25, 22], dtype=np.int32)
+    sharing = Sharing(np.arange(4, dtype=np.int32), np.array([0, 20, 20, 20], np.int32), lengths)
+    plan = plan_of(lengths, micro_batch_tokens=29, sharing=sharing)
+    assert plan.passes == 2
+    assert sorted(plan.split(range(4))[0]) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_of_a_thousand_steps_the_worst_decides(ranks):
+    lengths = np.random.default_rng(3).integers(1, 65, 5000)
+    plan = plan_of(lengths, batch_size=5, micro_batch_tokens=70, num_ranks=ranks)
+    assert largest_pass(plan, None) <= 70
+    assert largest_pass(dataclasses.replace(plan, passes=plan.passes - 1), None) > 70
+
+
 def test_a_prompt_that_all_rows_begin_with_is_counted_once_a_pass():
     # Eight rows of 100 + 10 tokens, eight a step: 880 tokens apart, 180 together.
     examples = [list(range(100)) + [200 + n] * 10 for n in range(8)]
@@ -226,6 +248,7 @@ def test_evaluation_passes_with_sharing_hold_every_item_once_in_no_more_passes(e
     assert sorted(item for a_pass in passes for item in a_pass) == list(range(len(examples)))
     assert len(passes) <= len(fill_passes(lengths, limit))
     for a_pass in passes:
+        assert sorted(a_pass, key=lambda item: sharing.rank[item]) == a_pass
         longest = max(len(examples[item]) for item in a_pass)
         if longest > limit:
             assert len(a_pass) == 1

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,32 +109,34 @@ def _layout_of_positions(position_ids: Tensor | None, total: int) -> PackLayout:
 
 @dataclass(frozen=True)
 class _Group:
-    """n tiles of queries that see m + 1 tiles of keys each, the last of which is the tile itself.
+    """Tiles [start, end) of queries, which see m + 1 tiles of keys each, the last of which is the tile itself.
 
-    tiles [n]: which; seen [n * (m + 1)]: of each the tiles it sees, from the root; hidden: pairs out of the
+    seen [n * (m + 1)]: of each the tiles it sees, from the root; None for m = 0. hidden: pairs out of the
     sliding window, as a bool mask [n, 1, 1, W, (m + 1) * W], or None."""
 
-    tiles: Tensor
-    seen: Tensor
+    start: int
+    end: int
+    seen: Tensor | None
     hidden: Tensor | None
 
 
 @dataclass(frozen=True)
 class _Tiling:
-    """tokens [N, W]: the token in each place of each tile, T where there is none. groups: what sees what."""
+    """N tiles of W tokens, in the order of `groups`.
 
-    num_tokens: int
+    tokens [N, W]: the token in each place of each tile, any where there is none; places [T]: the place of each
+    token among the N * W; pads: (tile, place) [2, X] of what is no token."""
+
     width: int
     tokens: Tensor
+    places: Tensor
+    pads: Tensor
     groups: tuple[_Group, ...]
 
     @cached_property
-    def places(self) -> Tensor:
-        """[T] the place of each token among the N * W."""
-        flat = self.tokens.flatten()
-        places = torch.empty(self.num_tokens + 1, dtype=torch.int64)
-        places[flat] = torch.arange(len(flat))
-        return places[:-1]
+    def future(self) -> Tensor:
+        """[W, W] bool: what lies behind the query in its own tile."""
+        return torch.ones(self.width, self.width, dtype=torch.bool).triu_(1)
 
     @classmethod
     def of(cls, layout: PackLayout, window: int | None) -> _Tiling:
@@ -148,32 +150,44 @@ class _Tiling:
     @classmethod
     def _build(cls, layout: PackLayout, width: int, ways: list[_Way], window: int | None) -> _Tiling:
         total = layout.num_tokens
+        positions = layout.position_ids
+        above = [way.above for way in ways]
+        if window is not None:
+            above = [
+                [t for t in way.above if int(positions[way.start] - positions[ways[t].end - 1]) < window]
+                for way in ways
+            ]
+        order = sorted(range(len(ways)), key=lambda tile: len(above[tile]))
+        rank = {tile: i for i, tile in enumerate(order)}
         tokens = torch.full((len(ways), width), total)
-        for tile, (start, end, _) in enumerate(ways):
-            tokens[tile, : end - start] = torch.arange(start, end)
-        positions = torch.cat([layout.position_ids, torch.tensor([-1])])[tokens]
-        by_count: dict[int, list[tuple[int, list[int]]]] = {}
-        for tile, (_, _, above) in enumerate(ways):
-            first = int(positions[tile, 0])
+        for i, tile in enumerate(order):
+            start, end, _ = ways[tile]
+            tokens[i, : end - start] = torch.arange(start, end)
+        is_pad = tokens == total
+        places = torch.empty(total, dtype=torch.int64)
+        places[tokens[~is_pad]] = (~is_pad).flatten().nonzero()[:, 0]
+        tokens.clamp_(max=total - 1)
+        groups: list[_Group] = []
+        while (start := groups[-1].end if groups else 0) < len(order):
+            count = len(above[order[start]])
+            end = start + max(1, _CHUNK_CELLS // ((count + 1) * width**2))
+            end = next((i for i in range(start, min(end, len(order))) if len(above[order[i]]) != count), end)
+            tiles = order[start : (end := min(end, len(order)))]
+            seen = torch.tensor([[rank[t] for t in (*above[tile], tile)] for tile in tiles])
+            hidden = None
             if window is not None:
-                above = [t for t in above if first - int(positions[t].max()) < window]
-            by_count.setdefault(len(above), []).append((tile, [*above, tile]))
-        groups = []
-        for count, members in sorted(by_count.items()):
-            step = max(1, _CHUNK_CELLS // ((count + 1) * width**2))
-            for at in range(0, len(members), step):
-                tiles = torch.tensor([tile for tile, _ in members[at : at + step]])
-                seen = torch.tensor([seen for _, seen in members[at : at + step]])
-                hidden = None
-                if window is not None:
-                    apart = positions[tiles][:, :, None] - positions[seen].flatten(1)[:, None]
-                    hidden = (apart >= window)[:, None, None]
-                groups.append(_Group(tiles, seen.flatten(), hidden if window and hidden.any() else None))  # type: ignore[union-attr]
-        return cls(total, width, tokens, tuple(groups))
+                apart = positions[tokens[start:end]][:, :, None] - positions[tokens[seen]].flatten(1)[:, None]
+                hidden = (apart >= window)[:, None, None] if bool((apart >= window).any()) else None
+            groups.append(_Group(start, end, seen.flatten() if count else None, hidden))
+        return cls(width, tokens, places, is_pad.nonzero().t(), tuple(groups))
 
 
-# A tile: its first token, the one after its last, and the tiles between the root and it.
-_Way = tuple[int, int, list[int]]
+class _Way(NamedTuple):
+    """A tile: its first token, the one after its last, and the tiles between the root and it."""
+
+    start: int
+    end: int
+    above: list[int]
 
 
 def _ways(layout: PackLayout, width: int) -> list[_Way]:
@@ -187,7 +201,8 @@ def _ways(layout: PackLayout, width: int) -> list[_Way]:
         length = segment.end - segment.start
         count = -(-length // width)
         for i in range(count):
-            ways.append((segment.start + length * i // count, segment.start + length * (i + 1) // count, above))
+            start, end = (segment.start + length * j // count for j in (i, i + 1))
+            ways.append(_Way(start, end, above))
             above = [*above, len(ways) - 1]
         if segment.subtree_end > segment.end:
             open_segments.append((segment.subtree_end, above))
@@ -213,8 +228,8 @@ class _PackedAttention(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         pack = _Pack(tiling, scale, softcap, query.shape[1], key.shape[1])
-        output, log_sum = pack.forward(query, key, value)
-        ctx.save_for_backward(query, key, value, output, log_sum)
+        output, *tiles = pack.forward(query, key, value)
+        ctx.save_for_backward(output, *tiles)
         ctx.pack = pack
         return output
 
@@ -225,9 +240,10 @@ class _PackedAttention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Pack:
-    """One attention layer over one pack: query [T, H, D], key and value [T, K, D].
+    """One attention layer over one pack.
 
-    E = D + 3: what is multiplied carries three more columns."""
+    Tiles of queries are [N, H, W, E] and tiles of keys and values [N, K, W, E], with E = D + 3: the product
+    carries three more columns."""
 
     tiling: _Tiling
     scale: float
@@ -235,97 +251,123 @@ class _Pack:
     heads: int
     key_heads: int
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Output [T, H, D] and the logarithm of each query's sum of exponentials [T, H, 1] float32."""
-        keys, values = self._key_tiles(_key_columns(key)), self._key_tiles(value)
-        queries = _query_columns(query, None)
-        outputs: list[Tensor] = []
-        sums: list[Tensor] = []
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """query [T, H, D], key and value [T, K, D] -> output [T, H, D], and for the backward pass the tiles of
+        queries (with the logarithm of their sums of exponentials in them), keys and values."""
+        queries, keys, values = self._wide_tiles(query), self._wide_tiles(key), self._wide_tiles(value)
+        size = query.shape[-1]
+        self._set_query_columns(queries, None)
+        self._set_key_columns(keys, _HIDDEN)
+        self._set_key_columns(values, 0.0)
+        outputs = query.new_empty(*queries.shape[:-1], size)
+        sums = torch.empty(*queries.shape[:-1], 1, dtype=torch.float32, device=query.device)
         for group in self.tiling.groups:
-            q, k, v = self._rows(queries, group), _seen(keys, group), _seen(values, group)
+            q, k, v = self._rows(queries, group), self._seen(keys, group), self._seen(values, group)
+            output, total = self._rows(outputs, group), self._rows(sums, group)
             weights, _ = self._exponentials(q, k, group)
-            total = weights.sum(-1, keepdim=True, dtype=torch.float32)
-            shift = 0.0
+            torch.sum(weights, -1, keepdim=True, dtype=torch.float32, out=total)
+            shift = None
             if not bool(((total > 1e-20) & (total < 1e30)).all()):
                 shift = self._row_maxima(q, k, group)
-                weights, _ = self._exponentials(_shifted(q, shift / -self.scale), k, group)
-                total = weights.sum(-1, keepdim=True, dtype=torch.float32)
-            outputs.append(self._tokens_first(torch.bmm(weights, v).div_(total), self.heads))
-            sums.append(self._tokens_first(total.log_().add_(shift), self.heads))
-        return self._at_tokens(outputs), self._at_tokens(sums)
+                _set_halves(q, shift / -self.scale)
+                weights, _ = self._exponentials(q, k, group)
+                torch.sum(weights, -1, keepdim=True, dtype=torch.float32, out=total)
+            torch.bmm(weights, v[..., :size], out=output)
+            output.div_(total)
+            total.log_()
+            if shift is not None:
+                total += shift
+        self._set_query_columns(queries, sums.div_(-self.scale))
+        return self._tokens(outputs), queries, keys, values
 
     def backward(
-        self, doutput: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum: Tensor
+        self, doutput: Tensor, output: Tensor, queries: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value. The softmax's is p (dp - sum(p dp)), and sum(p dp) is
         sum(output doutput) over a row (Dao et al. 2022, arXiv:2205.14135, algorithm 4)."""
-        size = query.shape[-1]
-        dots = (output * doutput).sum(-1, keepdim=True, dtype=torch.float32)
-        queries, doutputs = _query_columns(query, log_sum / -self.scale), _query_columns(doutput, -dots)
-        keys, values = self._key_tiles(_key_columns(key)), self._key_tiles(_key_columns(value, hide=0.0))
-        dqueries: list[Tensor] = []
-        dkeys = torch.zeros_like(keys[..., :size], dtype=torch.float32)
-        dvalues = torch.zeros_like(dkeys)
+        size = doutput.shape[-1]
+        dots = (output * doutput).sum(-1, keepdim=True, dtype=torch.float32).neg_()
+        doutputs = self._wide_tiles(doutput)
+        self._set_query_columns(doutputs, self._tiles(dots))
+        dqueries = torch.empty_like(queries[..., :size], memory_format=torch.contiguous_format)
+        dkeys, dvalues = (torch.zeros_like(keys[..., :size], dtype=torch.float32) for _ in range(2))
         for group in self.tiling.groups:
             q, dout = self._rows(queries, group), self._rows(doutputs, group)
-            k, v = _seen(keys, group), _seen(values, group)
+            k, v = self._seen(keys, group), self._seen(values, group)
             weights, slope = self._exponentials(q, k, group)
-            _add_seen(dvalues, group, torch.bmm(weights.mT, dout[..., :size]))
+            self._add_seen(dvalues, group, torch.bmm(weights.mT, dout[..., :size]))
             dscores = weights.mul_(torch.bmm(dout, v.mT))
             if slope is not None:
                 dscores = dscores.mul_(slope)
-            _add_seen(dkeys, group, torch.bmm(dscores.mT, q[..., :size]))
-            dqueries.append(self._tokens_first(torch.bmm(dscores, k[..., :size]), self.heads))
-        dquery = self._at_tokens(dqueries).mul_(self.scale)
-        dkey, dvalue = (self._key_tokens(d, query.dtype) for d in (dkeys.mul_(self.scale), dvalues))
-        return dquery, dkey, dvalue
+            self._add_seen(dkeys, group, torch.bmm(dscores.mT, q[..., :size]))
+            torch.bmm(dscores, k[..., :size], out=self._rows(dqueries, group))
+        dquery = self._tokens(dqueries).mul_(self.scale)
+        return dquery, *(self._tokens(d.to(output.dtype)) for d in (dkeys.mul_(self.scale), dvalues))  # type: ignore[return-value]
 
-    # tiles of queries: [n * K, G * W, E], so that one product serves all query heads of a key head
+    # tokens to tiles and back
 
-    def _rows(self, x: Tensor, group: _Group) -> Tensor:
-        """[T + 1, H, E] -> the tiles of a group."""
-        tokens = self.tiling.tokens[group.tiles].flatten()
-        tiles = x.index_select(0, tokens).view(len(group.tiles), -1, self.key_heads, self._per_key, x.shape[-1])
-        return tiles.permute(0, 2, 3, 1, 4).reshape(-1, self._per_key * self.tiling.width, x.shape[-1])
+    def _tiles(self, x: Tensor) -> Tensor:
+        """[T, heads, D] -> [N, heads, W, D]."""
+        tiles = x.index_select(0, self.tiling.tokens.flatten())
+        return tiles.view(-1, self.tiling.width, *x.shape[1:]).transpose(1, 2)
 
-    def _tokens_first(self, tiles: Tensor, heads: int) -> Tensor:
-        """Tiles of a group -> [n, W, H, D]."""
-        return tiles.view(-1, heads, self.tiling.width, tiles.shape[-1]).transpose(1, 2)
+    def _wide_tiles(self, x: Tensor) -> Tensor:
+        """[T, heads, D] -> [N, heads, W, E], of which the last three columns are yet to be written."""
+        tiles = self._tiles(x)
+        wide = x.new_empty(*tiles.shape[:-1], x.shape[-1] + 3)
+        wide[..., :-3] = tiles
+        return wide
 
-    def _at_tokens(self, tiles: list[Tensor]) -> Tensor:
-        """The groups' [n, W, H, D] -> [T, H, D]."""
-        places = self._places_in_groups
-        return torch.cat(tiles).flatten(0, 1).index_select(0, places)
+    def _tokens(self, tiles: Tensor) -> Tensor:
+        """[N, heads, W, D] -> [T, heads, D]."""
+        return tiles.transpose(1, 2).flatten(0, 1).index_select(0, self.tiling.places)
 
-    @property
-    def _places_in_groups(self) -> Tensor:
-        """[T] the place of each token when the groups' tiles lie one after another."""
-        known: Tensor | None = self.tiling.__dict__.get("_places_in_groups")
-        if known is None:
-            order = torch.cat([group.tiles for group in self.tiling.groups])
-            rank = torch.empty_like(order)
-            rank[order] = torch.arange(len(order))
-            tile, place = self.tiling.places // self.tiling.width, self.tiling.places % self.tiling.width
-            known = self.tiling.__dict__["_places_in_groups"] = rank[tile] * self.tiling.width + place
-        return known
+    # the three columns: a number a row in two halves, and what hides a pad
 
-    # tiles of keys: [N, K, W, E]
+    def _set_query_columns(self, queries: Tensor, numbers: Tensor | None) -> None:
+        """Writes the numbers [N, H, W, 1] float32 (None for zeros), a column of ones, and zeros over what pads
+        a tile."""
+        if numbers is None:
+            queries[..., -3:-1] = 0
+        else:
+            _set_halves(queries, numbers)
+        queries[..., -1] = 1
+        tile, place = self.tiling.pads
+        queries[tile, :, place] = 0
 
-    def _key_tiles(self, x: Tensor) -> Tensor:
-        """[T (+ 1), K, E] -> all tiles."""
-        tokens = self.tiling.tokens.flatten()
-        if len(x) == self.tiling.num_tokens:  # what pads a tile is never seen
-            tokens = tokens.clamp(max=len(x) - 1)
-        tiles = x.index_select(0, tokens).view(-1, self.tiling.width, self.key_heads, x.shape[-1])
-        return tiles.transpose(1, 2).contiguous()
+    def _set_key_columns(self, keys: Tensor, hide: float) -> None:
+        """Writes ones for the halves, and what is added to a score: nothing, or `hide` for what pads a
+        tile."""
+        keys[..., -3:-1] = 1
+        keys[..., -1] = 0
+        tile, place = self.tiling.pads
+        keys[tile, :, place, -1] = hide
 
-    def _key_tokens(self, tiles: Tensor, dtype: torch.dtype) -> Tensor:
-        """All tiles [N, K, W, D] -> [T, K, D]."""
-        return tiles.to(dtype).transpose(1, 2).flatten(0, 1).index_select(0, self.tiling.places)
+    # a group's share of the tiles
 
-    @property
-    def _per_key(self) -> int:
-        return self.heads // self.key_heads
+    def _rows(self, tiles: Tensor, group: _Group) -> Tensor:
+        """A view [n * K, G * W, E] of [N, H, W, E], so that one product serves all query heads of a key
+        head."""
+        part = tiles[group.start : group.end]
+        return part.view(part.shape[0] * self.key_heads, -1, tiles.shape[-1])
+
+    def _seen(self, tiles: Tensor, group: _Group) -> Tensor:
+        """[N, K, W, E] -> what each tile of the group sees [n * K, (m + 1) * W, E]."""
+        if group.seen is None:
+            return tiles[group.start : group.end].flatten(0, 1)
+        heads, width, size = tiles.shape[1:]
+        count = group.end - group.start
+        seen = tiles.index_select(0, group.seen).view(count, -1, heads, width, size)
+        return seen.transpose(1, 2).reshape(count * heads, -1, size)
+
+    def _add_seen(self, total: Tensor, group: _Group, part: Tensor) -> None:
+        """The reverse of `_seen`: adds [n * K, (m + 1) * W, D] to [N, K, W, D] float32."""
+        heads, width, size = total.shape[1:]
+        tiles = part.view(group.end - group.start, heads, -1, width, size)
+        if group.seen is None:
+            total[group.start : group.end] += tiles[:, :, 0]
+        else:
+            total.index_add_(0, group.seen, tiles.transpose(1, 2).flatten(0, 1).float())
 
     # scores
 
@@ -354,63 +396,23 @@ class _Pack:
     def _hide(self, scores: Tensor, group: _Group, value: float) -> None:
         """Writes `value` where a query sees nothing."""
         width = self.tiling.width
-        cells = scores.view(-1, self.key_heads, self._per_key, width, scores.shape[-1])
+        cells = scores.view(-1, self.key_heads, self.heads // self.key_heads, width, scores.shape[-1])
         own = cells[..., -width:]
-        if value == 0:
+        if value != 0:
+            own.masked_fill_(self.tiling.future, value)
+        elif group.seen is None:
             own.tril_()
-        else:
-            own.masked_fill_(torch.ones(width, width, dtype=torch.bool).triu_(1), value)
+        else:  # several times faster than tril_ inside a wider row; infinity times 0 would not be 0
+            own.clamp_(max=1e30).mul_(~self.tiling.future)
         if group.hidden is not None:
             cells.masked_fill_(group.hidden, value)
 
 
-def _seen(tiles: Tensor, group: _Group) -> Tensor:
-    """Keys of all tiles [N, K, W, E] -> those each tile of the group sees [n * K, (m + 1) * W, E]."""
-    heads, width, size = tiles.shape[1:]
-    seen = tiles.index_select(0, group.seen)
-    if len(group.seen) == len(group.tiles):
-        return seen.flatten(0, 1)
-    return seen.view(len(group.tiles), -1, heads, width, size).transpose(1, 2).reshape(-1, seen.shape[0] // len(group.tiles) * width, size)  # fmt: skip
-
-
-def _add_seen(total: Tensor, group: _Group, part: Tensor) -> None:
-    """The reverse of `_seen`: adds [n * K, (m + 1) * W, D] to [N, K, W, D] float32."""
-    heads, width, size = total.shape[1:]
-    tiles = part.view(len(group.tiles), heads, -1, width, size).transpose(1, 2)
-    total.index_add_(0, group.seen, tiles.flatten(0, 1).float())
-
-
-def _query_columns(x: Tensor, column: Tensor | None) -> Tensor:
-    """[T, H, D] -> [T + 1, H, E]: a number a row (float32 [T, H, 1]) in two columns, high half and low half,
-    a column of ones, and a row of zeros for what pads a tile."""
-    total, heads, size = x.shape
-    wide = x.new_zeros(total + 1, heads, size + 3)
-    wide[:total, :, :size] = x
-    wide[..., -1] = 1
-    if column is not None:
-        wide[:total, :, size : size + 1] = column
-        if x.dtype != torch.float32:
-            wide[:total, :, size + 1 : size + 2] = column - wide[:total, :, size : size + 1].float()
-    return wide
-
-
-def _key_columns(x: Tensor, hide: float = _HIDDEN) -> Tensor:
-    """[T, K, D] -> [T + 1, K, E], to be multiplied by `_query_columns`: ones for the halves, and in the last
-    column what is added to a score: nothing, or for what pads a tile so little that its exponential is 0."""
-    total, heads, size = x.shape
-    wide = x.new_zeros(total + 1, heads, size + 3)
-    wide[:total, :, :size] = x
-    wide[:total, :, size : size + 2] = 1
-    wide[total, :, -1] = hide
-    return wide
-
-
-def _shifted(q: Tensor, column: Tensor) -> Tensor:
-    """Tiles of queries with a number a row (float32) in the two columns kept for it."""
-    q = q.clone()
-    q[..., -3:-2] = column
-    q[..., -2:-1] = column - q[..., -3:-2].float()
-    return q
+def _set_halves(x: Tensor, numbers: Tensor) -> None:
+    """Writes float32 numbers [..., 1] into columns -3 and -2 of x: the high half and what it leaves."""
+    high = numbers.to(x.dtype)
+    x[..., -3:-2] = high
+    x[..., -2:-1] = numbers - high
 
 
 def _soft_capped(q: Tensor, k: Tensor, cap: float, scale: float) -> tuple[Tensor, Tensor]:
