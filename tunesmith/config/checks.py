@@ -66,7 +66,7 @@ OWNED_TRAINER_ARGS = {
     "label_names": "nothing: the collator decides what the model is given",
     "prediction_loss_only": "nothing: evaluation computes the loss",
     "disable_tqdm": "nothing: tunesmith draws its own progress line",
-    "label_smoothing_factor": "nothing: label smoothing is not supported yet",
+    "label_smoothing_factor": "train.label_smoothing",
     "use_liger_kernel": "nothing: it replaces the loss, whose masks and weights tunesmith owns",
 }
 
@@ -95,17 +95,13 @@ def _set(section: Section, **values: Any) -> None:
 
 def resolve_defaults(config: Config) -> None:
     """Write out each default that depends on another setting, so that the saved config says what was run."""
-    train, data = config.train, config.data
+    train = config.train
     if config.run.name is None:
         _set(config.run, name="run")
     if train.epochs is None and train.max_steps is None:
         _set(train, epochs=3.0)
-    if train.micro_batch_tokens is None:
-        _set(train, micro_batch_tokens=max(2048, data.max_length))
     if train.learning_rate is None:
         _set(train, learning_rate=1e-5 if config.adapter.method == "none" else 2e-4)
-    if config.eval.batch_tokens is None:
-        _set(config.eval, batch_tokens=train.micro_batch_tokens)
 
 
 def _changed(section: Section) -> list[str]:
@@ -130,7 +126,7 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
     ),
     (
         ("train.micro_batch_tokens", "data.max_length"),
-        lambda c: (c.train.micro_batch_tokens or 0) < c.data.max_length,
+        lambda c: c.train.micro_batch_tokens is not None and c.train.micro_batch_tokens < c.data.max_length,
         "train.micro_batch_tokens is {c.train.micro_batch_tokens}, less than data.max_length "
         "{c.data.max_length}: the longest example would not fit in a pass. Raise the one or lower the "
         "other",
@@ -139,7 +135,8 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
         # When it only repeats train.micro_batch_tokens (its default), that one is to blame and is reported.
         ("eval.batch_tokens", "data.max_length", "train.micro_batch_tokens"),
         lambda c: (
-            (c.eval.batch_tokens or 0) < c.data.max_length
+            c.eval.batch_tokens is not None
+            and c.eval.batch_tokens < c.data.max_length
             and c.eval.batch_tokens != c.train.micro_batch_tokens
         ),
         "eval.batch_tokens is {c.eval.batch_tokens}, less than data.max_length {c.data.max_length}: the "

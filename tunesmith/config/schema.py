@@ -214,8 +214,10 @@ class TrainConfig(Section):
     batch_size: PositiveInt = 16
     """Rows per optimiser step over all ranks. Packing, micro-batches and rank count do not change it."""
     micro_batch_tokens: PositiveInt | None = None
-    """Most tokens in one forward pass. It bounds memory and does not change the result. Default: 2,048 or
-    `data.max_length`, whichever is more."""
+    """Most tokens in one forward pass; a prefix that rows share counts once. It bounds memory and does not
+    change the result. Default: chosen when the run starts, from the memory that is free and what larger
+    passes would save; config.yaml of the run says what was chosen, and the run goes on with it after a
+    stop."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate. Default 2e-4 for LoRA (QLoRA paper, table 9) and 1e-5 for full fine-tuning."""
     schedule: Literal[
@@ -229,6 +231,9 @@ class TrainConfig(Section):
     """AdamW's decay, applied to matrices only: never to biases, norms or embeddings of a normalised kind."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this norm; 0 turns clipping off."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of a target's probability that is spread over the whole vocabulary, in training only (Szegedy et
+    al. 2016, arXiv:1512.00567)."""
     optimizer: Literal["adamw", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"] = "adamw"
     """`adamw` is torch's fused AdamW. The 8-bit ones need `tunesmith[quant]`."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"

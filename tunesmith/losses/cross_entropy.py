@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def weighted_cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, *, label_smoothing: float = 0.0
+) -> Tensor:
     """weight * -log softmax(logits)[target] of each prediction, in nats: [P] float32.
 
     logits [P, V] of any floating type (the softmax is taken in float32); targets [P] int64; weights [P]
@@ -19,4 +21,5 @@ def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> 
         raise ValueError(
             f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}, weights {tuple(weights.shape)}"
         )
-    return F.cross_entropy(logits.float(), targets, reduction="none") * weights
+    losses = F.cross_entropy(logits.float(), targets, reduction="none", label_smoothing=label_smoothing)
+    return losses * weights

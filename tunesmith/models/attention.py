@@ -2,22 +2,24 @@
 
 H query heads, K key heads, G = H / K, T tokens of the pack, D head size, W width of a tile.
 
-A pack's mask is a tree of segments (layout.py). Every segment is cut into tiles of at most W tokens; a tile of
-queries sees the tiles on its way to the root in full, and itself causally. Tiles that see equally many are computed
-together, in batched products over tiles and key heads, so that the number of operations does not grow with the
-number of documents, and no [T, T] is ever made.
+A pack's mask is a tree of segments (layout.py). Every segment is cut into tiles of at most W tokens; a tile
+of queries sees the tiles on its way to the root in full, and itself causally. Tiles that see equally many are
+computed together, in batched products over tiles and key heads, so that the number of operations does not
+grow with the number of documents, and no [T, T] is ever made.
 
-Exponentials are taken against 0 and not against the row's maximum, which would cost as much as the product: floating
+Exponentials are taken against 0 and not against the row's maximum, which would cost as much as the product:
+floating
 -point numbers have room for scores of +-80 either way. Where a model's scores are larger (the sums tell), the
 maximum is found and everything done again. The backward pass makes the probabilities again from the saved
-log-sum-exp. Three more columns in the product subtract it (its high and its low half, so that nothing is lost in
-bfloat16) and hide what pads a tile.
+log-sum-exp. Three more columns in the product subtract it (its high and its low half, so that nothing is lost
+in bfloat16) and hide what pads a tile.
 
 Accelerators have their own kernels: flex_attention.py.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,7 +49,12 @@ def use_packed_attention(model: Any) -> None:
 
 
 def packed_mask(
-    batch_size: int, q_length: int, kv_length: int, *args: Any, attention_mask: Tensor | None = None, **kw: Any
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: Any,
+    attention_mask: Tensor | None = None,
+    **kw: Any,
 ) -> Tensor | None:
     """No mask for one pack, whose layout says it all; sdpa's for what sdpa computes (a cache, a padded
     batch)."""
@@ -88,7 +95,8 @@ def packed_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Seen as [T, heads, D], the way projections wrote them.
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _PackedAttention.apply(q, k, v, tiling, scale, softcap)[None], None
+    output = _PackedAttention.apply(q, k, v, tiling, scale, softcap)  # type: ignore[no-untyped-call]
+    return output[None], None
 
 
 def _layout_of_positions(position_ids: Tensor | None, total: int) -> PackLayout:
@@ -99,7 +107,7 @@ def _layout_of_positions(position_ids: Tensor | None, total: int) -> PackLayout:
         return known
     starts = (position_ids.reshape(-1, total)[0].diff(prepend=position_ids.new_tensor([-2])) != 1).nonzero()
     bounds = [*starts[:, 0].tolist(), total]
-    layout = PackLayout.of_lengths([end - start for start, end in zip(bounds, bounds[1:], strict=False)])
+    layout = PackLayout.of_lengths([end - start for start, end in itertools.pairwise(bounds)])
     position_ids._tunesmith_layout = layout  # type: ignore[attr-defined]
     return layout
 
@@ -109,7 +117,8 @@ def _layout_of_positions(position_ids: Tensor | None, total: int) -> PackLayout:
 
 @dataclass(frozen=True)
 class _Group:
-    """Tiles [start, end) of queries, which see m + 1 tiles of keys each, the last of which is the tile itself.
+    """Tiles [start, end) of queries, which see m + 1 tiles of keys each, the last of which is the tile
+    itself.
 
     seen [n * (m + 1)]: of each the tiles it sees, from the root; None for m = 0. hidden: pairs out of the
     sliding window, as a bool mask [n, 1, 1, W, (m + 1) * W], or None."""
@@ -124,8 +133,8 @@ class _Group:
 class _Tiling:
     """N tiles of W tokens, in the order of `groups`.
 
-    tokens [N, W]: the token in each place of each tile, any where there is none; places [T]: the place of each
-    token among the N * W; pads: (tile, place) [2, X] of what is no token."""
+    tokens [N, W]: the token in each place of each tile, any where there is none; places [T]: the place of
+    each token among the N * W; pads: (tile, place) [2, X] of what is no token."""
 
     width: int
     tokens: Tensor
@@ -252,8 +261,8 @@ class _Pack:
     key_heads: int
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """query [T, H, D], key and value [T, K, D] -> output [T, H, D], and for the backward pass the tiles of
-        queries (with the logarithm of their sums of exponentials in them), keys and values."""
+        """query [T, H, D], key and value [T, K, D] -> output [T, H, D], and for the backward pass the tiles
+        of queries (with the logarithm of their sums of exponentials in them), keys and values."""
         queries, keys, values = self._wide_tiles(query), self._wide_tiles(key), self._wide_tiles(value)
         size = query.shape[-1]
         self._set_query_columns(queries, None)
@@ -325,8 +334,8 @@ class _Pack:
     # the three columns: a number a row in two halves, and what hides a pad
 
     def _set_query_columns(self, queries: Tensor, numbers: Tensor | None) -> None:
-        """Writes the numbers [N, H, W, 1] float32 (None for zeros), a column of ones, and zeros over what pads
-        a tile."""
+        """Writes the numbers [N, H, W, 1] float32 (None for zeros), a column of ones, and zeros over what
+        pads a tile."""
         if numbers is None:
             queries[..., -3:-1] = 0
         else:
@@ -422,8 +431,3 @@ def _soft_capped(q: Tensor, k: Tensor, cap: float, scale: float) -> tuple[Tensor
     slope = 1 - tanh.square()
     rest = torch.bmm(q[..., size:].float(), k[..., size:].mT.float()).mul_(scale)
     return tanh.mul_(cap).add_(rest), slope
-
-
-def uses_sdpa(model: Any) -> bool:
-    """Whether transformers chose sdpa, which this stands in for."""
-    return getattr(model.config, "_attn_implementation", None) == "sdpa"

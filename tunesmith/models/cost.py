@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from tunesmith.config import Config
-from tunesmith.models.devices import free_memory_bytes
+from tunesmith.models.fuse import loss_head
+from tunesmith.models.head import CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,6 @@ def training_cost(model: Any) -> Cost:
     return Cost(per_token, per_target)
 
 
-def choose_gradient_checkpointing(model: Any, config: Config, dtype: torch.dtype) -> tuple[bool, str]:
-    """Whether to recompute activations, and why: as the config says, or by what one pass is estimated to
-    need."""
-    if config.train.gradient_checkpointing != "auto":
-        return config.train.gradient_checkpointing, "as train.gradient_checkpointing says"
-    need, free = _pass_bytes(model, config, dtype), free_memory_bytes()
-    fits = need <= 0.8 * free
-    return (
-        not fits,
-        f"one pass of {config.train.micro_batch_tokens} tokens needs about {need / 2**30:.1f} GiB "
-        f"of {free / 2**30:.1f} GiB free",
-    )
-
-
 def enable_gradient_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass.
 
@@ -67,16 +53,18 @@ def enable_gradient_checkpointing(model: Any) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _pass_bytes(model: Any, config: Config, dtype: torch.dtype) -> float:
-    """Activations of one pass: 34 bytes per token, layer and hidden unit in 16 bits without attention scores
-    (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2), twice that in 32, plus three float32 copies of the
-    logits; and 16 bytes a trained parameter for weight, gradient and AdamW's two moments."""
+def activation_bytes(model: Any, tokens: int, dtype: torch.dtype) -> float:
+    """What a pass of so many tokens keeps until its backward pass, as estimated: 34 bytes per token, layer
+    and hidden unit in 16 bits without attention scores (Korthikanti et al. 2022, arXiv:2205.05198, eq. 2),
+    twice that in 32; and three float32 copies of the logits, or of one chunk of them where the head is
+    fused."""
     text = model.config.get_text_config()
-    tokens = config.train.micro_batch_tokens or 0
     wide = 2 if dtype == torch.float32 else 1
-    activations = (
-        34.0 * wide * tokens * getattr(text, "hidden_size", 0) * getattr(text, "num_hidden_layers", 0)
-    )
+    layers = 34.0 * wide * tokens * getattr(text, "hidden_size", 0) * getattr(text, "num_hidden_layers", 0)
     logits = 12.0 * tokens * getattr(text, "vocab_size", 0)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return activations + logits + 16.0 * trained
+    return layers + (min(logits, 3.0 * CHUNK_BYTES) if loss_head(model) else logits)
+
+
+def optimizer_bytes(model: Any) -> float:
+    """16 bytes a trained parameter: weight, gradient and AdamW's two moments."""
+    return 16.0 * sum(p.numel() for p in model.parameters() if p.requires_grad)

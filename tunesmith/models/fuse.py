@@ -1,14 +1,14 @@
-"""Puts the fused functions under a model that is loaded and adapted. Modules, names and files stay as they are;
-only `forward` of single modules is replaced, and only where the stand-in was asked to give the same numbers and
-did.
+"""Puts the fused functions under a model that is loaded and adapted. Modules, names and files stay as they
+are; only `forward` of single modules is replaced, and only where the stand-in was asked to give the same
+numbers and did.
 
     attention   packs by segment (attention.py)
     head        loss and gradient at predictions, chunk by chunk (head.py)
     lora        linear layers with LoRA; query, key and value as one (fused/linear.py)
     block       RMSNorm, rotary embedding, gated feed-forward (fused/)
 
-What is out of the ordinary (DoRA, several active adapters, quantised weights, an unknown feed-forward) keeps its
-own forward.
+What is out of the ordinary (DoRA, several active adapters, quantised weights, an unknown feed-forward) keeps
+its own forward.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tunesmith.models.head import LogitChange, prediction_losses
 PIECES = ("head", "lora", "block")
 
 
-def fuse(model: Any, pieces: Collection[str] = PIECES, *, label_smoothing: float = 0.0) -> None:
+def fuse(model: Any, pieces: Collection[str] = PIECES) -> None:
     """Replace what can be replaced in `model` (a transformers model, or PEFT's around one)."""
     if "block" in pieces:
         _fuse_norms(model)
@@ -41,22 +41,21 @@ def fuse(model: Any, pieces: Collection[str] = PIECES, *, label_smoothing: float
     if "lora" in pieces:
         _fuse_linears(model)
     if "head" in pieces:
-        _fuse_head(model, label_smoothing)
+        _fuse_head(model)
 
 
 # --- linear layers and LoRA
 
 
-def linear_parts(module: nn.Module) -> LinearParts | None:
+def linear_parts(module: Any) -> LinearParts | None:
     """What a linear layer, with PEFT's LoRA in or around it or without, computes at this moment; None if that
     is more than `LinearParts` can say."""
     if type(module) is nn.Linear:
         return LinearParts(module.weight, module.bias)
     if type(module).__name__ == "ModulesToSaveWrapper":
-        active = getattr(module, "modules_to_save", {})
-        names = [] if module.disable_adapters else list(module.active_adapters)  # type: ignore[union-attr, arg-type]
-        inner = active[names[0]] if names and names[0] in active else module.original_module  # type: ignore[index]
-        return linear_parts(inner) if isinstance(inner, nn.Module) else None
+        names = [] if module.disable_adapters else list(module.active_adapters)
+        trained = bool(names) and names[0] in module.modules_to_save
+        return linear_parts(module.modules_to_save[names[0]] if trained else module.original_module)
     from peft.tuners.lora.layer import Linear as LoraLinear
 
     if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear or module.fan_in_fan_out:
@@ -78,10 +77,10 @@ def linear_parts(module: nn.Module) -> LinearParts | None:
 def _fuse_linears(model: nn.Module) -> None:
     done: set[nn.Module] = set()
     for module in model.modules():
-        group = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+        group: list[Any] = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
         if all(isinstance(member, nn.Module) and linear_parts(member) for member in group):
-            _SharedInput(group)  # type: ignore[arg-type]
-            done.update(group)  # type: ignore[arg-type]
+            _SharedInput(group)
+            done.update(group)
     for module in model.modules():
         if module not in done and type(module) is not nn.Linear and _is_lora(module) and linear_parts(module):
             module.forward = partial(_linear_forward, module, module.forward)
@@ -91,7 +90,9 @@ def _is_lora(module: nn.Module) -> bool:
     return hasattr(module, "lora_A") and hasattr(module, "base_layer")
 
 
-def _linear_forward(module: nn.Module, stock: Callable[..., Tensor], x: Tensor, *args: Any, **kw: Any) -> Tensor:
+def _linear_forward(
+    module: nn.Module, stock: Callable[..., Tensor], x: Tensor, *args: Any, **kw: Any
+) -> Tensor:
     parts = None if args or kw else linear_parts(module)  # PEFT's `adapter_names` is its own business
     return stock(x, *args, **kw) if parts is None else linears(x, [parts])[0]
 
@@ -134,14 +135,14 @@ class _SharedInput:
 
 def _fuse_feed_forward(model: nn.Module) -> None:
     for module in model.modules():
-        layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        layers: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         if not all(isinstance(layer, nn.Module) and linear_parts(layer) for layer in layers):
             continue
         activation = _activation(getattr(module, "act_fn", None))
         if activation is None:
             continue
         fused = partial(_mlp_forward, module, module.forward, layers, activation)
-        if _agree(module.forward, fused, layers[0].in_features, layers[0].weight):  # type: ignore[union-attr, arg-type]
+        if _agree(module.forward, fused, layers[0].in_features, layers[0].weight):
             module.forward = fused
 
 
@@ -187,8 +188,8 @@ def _fuse_norms(model: nn.Module) -> None:
                 break
 
 
-def _norm_forward(module: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
-    return rms_norm(x, module.weight, eps, offset)  # type: ignore[arg-type]
+def _norm_forward(module: Any, eps: float, offset: float, x: Tensor) -> Tensor:
+    return rms_norm(x, module.weight, eps, offset)
 
 
 def _fuse_rotary(model: nn.Module) -> None:
@@ -197,7 +198,10 @@ def _fuse_rotary(model: nn.Module) -> None:
     name = "apply_rotary_pos_emb"
     for module in model.modules():
         forward = type(module).forward
-        if inspect.unwrap(forward) is not forward or name not in getattr(forward, "__code__", _NO_CODE).co_names:
+        if (
+            inspect.unwrap(forward) is not forward
+            or name not in getattr(forward, "__code__", _NO_CODE).co_names
+        ):
             continue
         stock = forward.__globals__.get(name)
         if "forward" in vars(module) or not callable(stock) or not _is_plain_rotary(stock):
@@ -224,7 +228,9 @@ def _is_plain_rotary(stock: Callable[..., Any]) -> bool:
         theirs = stock(q, k, cos, sin)
     except Exception:  # another signature
         return False
-    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(theirs, apply_rotary(q, k, cos, sin), strict=True))
+    return all(
+        torch.allclose(a, b, atol=1e-5) for a, b in zip(theirs, apply_rotary(q, k, cos, sin), strict=True)
+    )
 
 
 @torch.no_grad()
@@ -244,15 +250,17 @@ def _agree(stock: Callable[[Tensor], Any], fused: Callable[[Tensor], Any], size:
 class LossHead:
     """The head of a model while it is asked for losses instead of logits."""
 
-    label_smoothing: float
     targets: Tensor | None = None
     weights: Tensor | None = None
+    label_smoothing: float = 0.0
     losses: Tensor | None = None
 
-    def __call__(self, model: Any, targets: Tensor, weights: Tensor, **inputs: Any) -> Tensor:
+    def __call__(
+        self, model: Any, targets: Tensor, weights: Tensor, *, label_smoothing: float = 0.0, **inputs: Any
+    ) -> Tensor:
         """weight * loss of each prediction [P], by a call of the model that asks for these positions
         (`logits_to_keep`)."""
-        self.targets, self.weights = targets, weights
+        self.targets, self.weights, self.label_smoothing = targets, weights, label_smoothing
         try:
             losses: Tensor = model(labels=targets, **inputs).loss
             return losses
@@ -265,26 +273,26 @@ def loss_head(model: Any) -> LossHead | None:
     for module in _inward(model):
         head = vars(module).get("_tunesmith_loss_head")
         if head is not None:
-            return head  # type: ignore[no-any-return]
+            return head
     return None
 
 
 def _inward(model: Any) -> Iterator[Any]:
-    while isinstance(model, nn.Module):
-        yield model
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        else:
-            model = vars(model).get("_modules", {}).get("module")
+    """A model and what it wraps: PEFT's base model, the module of DDP and its kin."""
+    inner: Any = model
+    while inner is not None:
+        yield inner
+        is_adapted = hasattr(inner, "get_base_model")
+        inner = inner.get_base_model() if is_adapted else vars(inner)["_modules"].get("module")
 
 
-def _fuse_head(model: Any, label_smoothing: float) -> None:
-    base = list(_inward(model))[-1]
+def _fuse_head(model: Any) -> None:
+    base: Any = list(_inward(model))[-1]
     module = base.get_output_embeddings()
     if not isinstance(module, nn.Module) or linear_parts(module) is None:
         return
     change = _logit_change(base.config.get_text_config())
-    head = LossHead(label_smoothing)
+    head = LossHead()
     stock_head, stock_loss = module.forward, base.loss_function
     module.forward = partial(_head_forward, module, module.forward, head, change)
     base.loss_function = partial(_head_loss, head, stock_loss)
@@ -332,9 +340,8 @@ def _head_agrees(model: Any, head: LossHead) -> bool:
         return False
     ids = torch.arange(min(9, embedding.shape[0]), device=embedding.device)[None]
     targets = ids[0].flip(0)
-    was_training, smoothing = model.training, head.label_smoothing
+    was_training = model.training
     model.eval()
-    head.label_smoothing = 0.0
     try:
         logits = model(input_ids=ids, use_cache=False).logits[0].float()
         ones = torch.ones(len(targets), device=ids.device)
@@ -350,6 +357,5 @@ def _head_agrees(model: Any, head: LossHead) -> bool:
         return False
     finally:
         model.train(was_training)
-        head.label_smoothing = smoothing
     theirs = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= 0.02 * theirs.abs().max())

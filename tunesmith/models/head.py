@@ -1,7 +1,8 @@
-"""The output head and its loss, chunk by chunk: logits exist for one chunk at a time, and only at predictions.
+"""The output head and its loss, chunk by chunk: logits exist for one chunk at a time, and only at
+predictions.
 
-P predictions, H hidden size, V vocabulary, z = x W^T + b (+ s x A^T B^T), then the model's own change f of logits
-(soft-capping in Gemma 2, a factor in Granite and Cohere).
+P predictions, H hidden size, V vocabulary, z = x W^T + b (+ s x A^T B^T), then the model's own change f of
+logits (soft-capping in Gemma 2, a factor in Granite and Cohere).
 
     loss_i = w_i (log sum_j exp f(z_ij) - (1 - e) f(z_it) - e mean_j f(z_ij))         e: label smoothing
     dz_ij  = w_i f'(z_ij) (p_ij - (1 - e) [j = t] - e / V)
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from tunesmith.models.fused.linear import LinearParts, pass_dtype
 
-_CHUNK_BYTES = 64 * 2**20  # of one chunk's logits
+CHUNK_BYTES = 64 * 2**20  # of one chunk's logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +44,13 @@ def prediction_losses(
 ) -> Tensor:
     """weight * negative log-likelihood of each prediction: [P] float32.
 
-    hidden [P, H]; targets [P] int64; weights [P] float32, which may be zero. The gradient of the hidden states
-    is right for any gradient of the losses; a trained head's is made for equal gradients (a plain or scaled
-    sum), and made anew otherwise."""
+    hidden [P, H]; targets [P] int64; weights [P] float32, which may be zero. The gradient of the hidden
+    states is right for any gradient of the losses; a trained head's is made for equal gradients (a plain or
+    scaled sum), and made anew otherwise."""
     options = _Options(change, label_smoothing, head.scale)
-    losses: Tensor = _HeadLoss.apply(hidden, targets, weights, options, pass_dtype(hidden), *head.tensors)
+    losses: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, targets, weights, options, pass_dtype(hidden), *head.tensors
+    )
     return losses
 
 
@@ -70,10 +73,16 @@ class _Grads:
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, weights: Tensor, options: _Options, dtype: Any, *tensors: Any
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        options: _Options,
+        dtype: Any,
+        *tensors: Any,
     ) -> Tensor:
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:])
-        head = LinearParts(*tensors, scale=options.scale)
+        head = LinearParts(tensors[0], tensors[1], tensors[2], tensors[3], options.scale)
         losses, grads = _loss_and_grads(hidden.to(dtype), targets, weights, options, head, needs)
         ctx.trains_head = any(needs[1:])
         if ctx.trains_head:  # may have to be made anew
@@ -87,7 +96,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.grads = None
         if ctx.trains_head and grad.numel() and not bool((grad == grad[0]).all()):
             hidden, targets, weights, *tensors = ctx.saved_tensors
-            head = LinearParts(*tensors, scale=ctx.options.scale)
+            head = LinearParts(tensors[0], tensors[1], tensors[2], tensors[3], ctx.options.scale)
             _, grads = _loss_and_grads(
                 hidden.to(ctx.dtype), targets, weights * grad, ctx.options, head, ctx.needs
             )
@@ -96,7 +105,14 @@ class _HeadLoss(torch.autograd.Function):
         if grads.hidden is not None:
             dhidden = grads.hidden.mul_(grad[:, None])
         factor = grad[0] if grad.numel() else grad.sum()
-        return dhidden, None, None, None, None, *(None if g is None else g.mul_(factor) for g in grads.tensors)
+        return (
+            dhidden,
+            None,
+            None,
+            None,
+            None,
+            *(None if g is None else g.mul_(factor) for g in grads.tensors),
+        )
 
 
 def _loss_and_grads(
@@ -104,10 +120,12 @@ def _loss_and_grads(
 ) -> tuple[Tensor, _Grads]:
     count, vocabulary = hidden.shape[0], head.weight.shape[0]
     losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
-    wide = [None if not need else torch.zeros_like(t, dtype=torch.float32) for need, t in
-            zip(needs[1:], head.tensors, strict=True)]  # fmt: skip
+    wide = [
+        torch.zeros_like(tensor, dtype=torch.float32) if need and tensor is not None else None
+        for need, tensor in zip(needs[1:], head.tensors, strict=True)
+    ]
     grads = _Grads(torch.empty_like(hidden, dtype=torch.float32) if needs[0] else None, wide)
-    size = max(1, _CHUNK_BYTES // (vocabulary * hidden.element_size()))
+    size = max(1, CHUNK_BYTES // (vocabulary * hidden.element_size()))
     size = -(-count // -(-count // size)) if count else 1  # chunks of about one size
     buffer = hidden.new_empty(min(size, count), vocabulary)
     weight = head.weight.to(hidden.dtype)
@@ -126,7 +144,10 @@ def _loss_and_grads(
             grads,
             chunk,
         )
-    tensors = [None if g is None else g.to(t.dtype) for g, t in zip(grads.tensors, head.tensors, strict=True)]  # type: ignore[union-attr]
+    tensors = [
+        None if grad is None or tensor is None else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads.tensors, head.tensors, strict=True)
+    ]
     return losses, _Grads(grads.hidden, tensors)
 
 
@@ -218,7 +239,7 @@ def _change_(logits: Tensor, change: LogitChange) -> Tensor | None:
 def _row_sums(x: Tensor) -> Tensor:
     """[C, 1] float32 sums of [C, V], a few rows at a time: torch copies to float32 what it sums in it, and a
     copy of everything does not stay in the cache (measured: 17 times slower at 512 x 49,152)."""
-    parts = x.split(32) if x.device.type == "cpu" else (x,)
+    parts = torch.split(x, 32) if x.device.type == "cpu" else (x,)
     return torch.cat([rows.sum(-1, keepdim=True, dtype=torch.float32) for rows in parts])
 
 
@@ -226,7 +247,7 @@ def _times_weight(u: Tensor, weight: Tensor) -> Tensor:
     """[C, V] x [V, H] -> [C, H] float32, in pieces of the vocabulary: faster than at once on a CPU, and the
     pieces add up in float32."""
     total = torch.zeros(u.shape[0], weight.shape[1], dtype=torch.float32, device=u.device)
-    for columns, rows in zip(u.split(8192, dim=1), weight.split(8192), strict=True):
+    for columns, rows in zip(torch.split(u, 8192, 1), torch.split(weight, 8192), strict=True):
         total += torch.mm(columns, rows)
     return total
 
@@ -252,7 +273,7 @@ def _add_head_grads(
     vocabulary = u.shape[1]
     scaled = (hidden * row).to(u.dtype)
     if dweight is not None:
-        for rows, columns in zip(dweight.split(8192), u.split(8192, dim=1), strict=True):
+        for rows, columns in zip(torch.split(dweight, 8192), torch.split(u, 8192, 1), strict=True):
             rows += torch.mm(columns.t(), scaled)
         if smooth_row is not None:
             dweight -= (smooth_row * hidden).sum(0, dtype=torch.float32) / vocabulary
@@ -271,5 +292,3 @@ def _add_head_grads(
         if smooth_row is not None:
             inner -= smooth_row * head.lora_b.float().mean(0)
         da += head.scale * torch.mm(inner.to(u.dtype).t(), hidden)
-
-

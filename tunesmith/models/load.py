@@ -12,8 +12,8 @@ import torch
 
 from tunesmith.config import Config
 from tunesmith.errors import MissingExtraError, ModelError
-from tunesmith.models.attention import use_packed_attention, uses_sdpa
-from tunesmith.models.devices import compute_dtype, default_device
+from tunesmith.models.attention_choice import set_attention
+from tunesmith.models.devices import compute_dtype
 
 Say = Callable[[str], None]
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -55,8 +55,7 @@ def load_model(config: Config, tokenizer: Any, say: Say) -> Any:
     if len(tokenizer) > rows:
         say(f"embeddings grow from {rows} to {len(tokenizer)} rows for the tokens added to the tokenizer")
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
-    if default_device().type == "cpu" and config.model.attention == "auto" and uses_sdpa(model):
-        use_packed_attention(model)
+    set_attention(model, config, say)
     model.config.use_cache = False
     _freeze(model, config.model.freeze)
     return model

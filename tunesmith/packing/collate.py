@@ -37,11 +37,7 @@ from numpy.typing import NDArray
 from tunesmith.data.prepare import PreparedRow
 from tunesmith.data.records import Example
 from tunesmith.models.layout import PackLayout, Segment
-
-# Examples that part before this many tokens stay apart altogether: the opening of a chat template or a common
-# first word saves less than the branches it would make of nearly everything. Below a prefix that is worth
-# sharing, every token is shared: one more segment costs attention about what one token costs the model.
-MIN_SHARED_TOKENS = 16
+from tunesmith.packing.sharing import MIN_SHARED_TOKENS
 
 
 def collate(rows: Sequence[PreparedRow], *, tree: bool) -> dict[str, Any]:

@@ -77,6 +77,14 @@ class StepPlan:
         named = [[names[n] for n in bin_] for bin_ in bins]
         return [named[rank :: self.num_ranks] for rank in range(self.num_ranks)]
 
+    def pass_tokens(self, examples: Sequence[int]) -> int:
+        """Tokens of one pass, shared ones once (at most a few more than there are)."""
+        lengths = self.lengths[np.array(examples, dtype=np.int64)]
+        if self.sharing is None or not len(examples):
+            return int(lengths.sum())
+        _, common = self.sharing.in_order(np.array(examples, dtype=np.int64))
+        return int(lengths.sum() - common.sum())
+
 
 def make_plan(
     lengths: NDArray[np.int32],

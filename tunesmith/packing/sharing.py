@@ -22,7 +22,10 @@ from numpy.typing import NDArray
 Int64s = NDArray[np.int64]
 Int32s = NDArray[np.int32]
 
-MIN_SHARED_TOKENS = 16  # a first token or the opening of a chat is worth no branch
+# Examples that part before this many tokens stay apart altogether: the opening of a chat template or a common
+# first word saves less than the branches it would make of nearly everything. Below a prefix that is worth
+# sharing, every token is shared: one more segment costs attention about what one token costs the model.
+MIN_SHARED_TOKENS = 16
 _BLOCK = 16  # ranks whose running minima are kept; the minima of whole blocks lie in a sparse table
 _FAR = np.int32(np.iinfo(np.int32).max)
 _WIDTH = 16  # tokens compared at a time

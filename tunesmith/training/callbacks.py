@@ -111,15 +111,16 @@ class MetricsFile(TrainerCallback):
         """Counts since the last logged line, and rates by the time of the steps alone (no evaluation, no
         saving)."""
         seconds = sum(s for _, s in self._since_log)
-        rows, tokens, targets = (
+        rows, tokens, targets, computed = (
             sum(getattr(counts, name) for counts, _ in self._since_log)
-            for name in ("rows", "tokens", "targets")
+            for name in ("rows", "tokens", "targets", "computed_tokens")
         )
         self._since_log.clear()
         return {
             "rows": rows,
             "tokens": tokens,
             "target_tokens": targets,
+            "computed_tokens": computed,
             "tokens_per_s": tokens / seconds,
             "target_tokens_per_s": targets / seconds,
             "mfu": self._cost.flops(tokens, targets) / seconds / self._peak_flops,

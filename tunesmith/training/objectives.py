@@ -11,13 +11,15 @@ from tunesmith.losses.cross_entropy import weighted_cross_entropy
 from tunesmith.models.fuse import loss_head
 
 
-def next_token_loss(model: Any, pack: dict[str, Any]) -> Tensor:
-    """Sum over the pack's predictions of weight * negative log-likelihood, in nats (a scalar, float32)."""
-    return prediction_losses(model, pack).sum()
+def next_token_loss(model: Any, pack: dict[str, Any], *, label_smoothing: float = 0.0) -> Tensor:
+    """Sum over the pack's predictions of weight * negative log-likelihood, in nats (a scalar, float32); in
+    training smoothed as asked."""
+    return prediction_losses(model, pack, label_smoothing=label_smoothing if model.training else 0.0).sum()
 
 
-def prediction_losses(model: Any, pack: dict[str, Any]) -> Tensor:
-    """weight * negative log-likelihood of each of the pack's predictions, in nats: [P] float32.
+def prediction_losses(model: Any, pack: dict[str, Any], *, label_smoothing: float = 0.0) -> Tensor:
+    """weight * negative log-likelihood of each of the pack's predictions, in nats: [P] float32. With label
+    smoothing e, that of a target distribution of 1 - e at the target and e spread over the vocabulary.
 
     Logits are made at predictions only, never at every position. An empty pack makes one that counts nothing,
     so that every rank's graph has the same parameters."""
@@ -30,9 +32,12 @@ def prediction_losses(model: Any, pack: dict[str, Any]) -> Tensor:
         "use_cache": False,
         "logits_to_keep": positions,
     }
-    if pack["layout"] is not None:  # a prefix tree; models without attention for one need not know the keyword
+    if (
+        pack["layout"] is not None
+    ):  # a prefix tree; models without attention for one need not know the keyword
         inputs["layout"] = pack["layout"]
     head = loss_head(model)
     if head is not None:
-        return head(model, targets, weights, **inputs)
-    return weighted_cross_entropy(model(**inputs).logits[0], targets, weights)
+        return head(model, targets, weights, label_smoothing=label_smoothing, **inputs)
+    logits = model(**inputs).logits[0]
+    return weighted_cross_entropy(logits, targets, weights, label_smoothing=label_smoothing)

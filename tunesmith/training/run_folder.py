@@ -48,6 +48,9 @@ FREE_TO_CHANGE = (
     "data.cache_dir",
 )
 
+# Settings that tunesmith chose where the config left them open.
+_CHOSEN = ("train.micro_batch_tokens",)
+
 
 class RunFolder:
     """`output_dir/name` and the files in it."""
@@ -59,6 +62,8 @@ class RunFolder:
         self.final = self.path / "final"
         self.summary = self.path / "summary.json"
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.checkpoint.keep)
+        # The size of passes that this run had before it was stopped.
+        self.pass_tokens_before: int | None = None
 
     def find_start(self, config: Config, say: Say) -> Checkpoint | None:
         """The checkpoint to go on from, or None to start afresh, by `run.resume`.
@@ -81,7 +86,9 @@ class RunFolder:
                 f"{self.path} is not empty and is no run (it has no config.yaml). "
                 "Choose another run.name or output_dir."
             )
-        self._refuse_other_config(config, config_file)
+        before = _flat(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
+        self._refuse_other_config(config, before)
+        self.pass_tokens_before = before.get("train.micro_batch_tokens")
         self.checkpoints.clean()
         if isinstance(resume, int):
             return self.checkpoints.at(resume)
@@ -90,13 +97,13 @@ class RunFolder:
             say(f"warning: damaged checkpoint passed over: {problem}")
         return newest
 
-    def _refuse_other_config(self, config: Config, config_file: Path) -> None:
-        before = _flat(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
+    def _refuse_other_config(self, config: Config, before: dict[str, Any]) -> None:
         now = _flat(config.model_dump(mode="json"))
         changed = [
             f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)
+            and not (key in _CHOSEN and now.get(key) is None)
             and not any(key == k or key.startswith(k + ".") for k in FREE_TO_CHANGE)
         ]
         if changed:

@@ -7,29 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from tunesmith.config import Config
-from tunesmith.data.loading import Data, RowSet
-from tunesmith.data.rows import CachedRows
+from tunesmith.data.loading import Data
 from tunesmith.errors import Interrupted
 from tunesmith.models.adapt import count_parameters
-from tunesmith.models.cost import (
-    choose_gradient_checkpointing,
-    enable_gradient_checkpointing,
-    training_cost,
-)
-from tunesmith.models.devices import compute_dtype, matmul_flops_per_second
-from tunesmith.models.packable import Packing, possible_packing
+from tunesmith.models.cost import enable_gradient_checkpointing, training_cost
+from tunesmith.models.devices import compute_dtype, keep_freed_memory, matmul_flops_per_second
 from tunesmith.models.save import save_artifact
 from tunesmith.packing.collate import collate_flat, collate_tree
-from tunesmith.packing.plan import RowSource, StepPlan, make_plan
-from tunesmith.packing.sharing import Sharing
 from tunesmith.training.answers import Question, answer, questions, stop_ids
 from tunesmith.training.arguments import training_arguments
 from tunesmith.training.callbacks import KeepBest, MetricsFile, Schedule, StopOnSignal
 from tunesmith.training.checkpoints import Checkpoint
+from tunesmith.training.passes import plan_passes
 from tunesmith.training.progress import Progress, ProgressLine
 from tunesmith.training.run_folder import RunFolder, write_json
 from tunesmith.training.trackers import trackers
@@ -59,11 +51,14 @@ class Session:
         self.dtype, _ = compute_dtype(config.model)
         self.stop_ids = stop_ids(data.train, tokenizer)
         self.asked = self._questions()
-        checkpointing, why = choose_gradient_checkpointing(model, config, self.dtype)
-        if checkpointing:
+        keep_freed_memory()
+        passes = plan_passes(
+            config, data.train, model, self.dtype, before=run.pass_tokens_before, say=progress.say
+        )
+        self.config = config = passes.config
+        self.plan = passes.plan
+        if passes.recomputes:
             enable_gradient_checkpointing(model)
-        packing = _packing(config, model, progress)
-        self.plan = _plan(config, data.train, packing)
         arguments = training_arguments(config, self.plan, run.path, dtype=self.dtype)
         self._signals = StopOnSignal(progress.say)
         self._line = ProgressLine(progress.console)
@@ -71,7 +66,7 @@ class Session:
             model=model,
             args=arguments,
             objective=objective,
-            collate=collate_tree if packing == "tree" else collate_flat,
+            collate=collate_tree if passes.packing == "tree" else collate_flat,
             decode=tokenizer.decode,
             plan=self.plan,
             train_rows=data.train,
@@ -84,7 +79,7 @@ class Session:
         self.trainer.remove_callback(PrinterCallback)  # ours draws the progress
         for callback in self._callbacks(model):
             self.trainer.add_callback(callback)
-        self._tell(model, f"gradient checkpointing {'on' if checkpointing else 'off'}: {why}")
+        self._tell(model, f"gradient checkpointing {'on' if passes.recomputes else 'off'}: {passes.why}")
 
     @property
     def is_main(self) -> bool:
@@ -214,47 +209,3 @@ class Session:
                 "token for token"
             )
         say(checkpointing)
-
-
-def _packing(config: Config, model: Any, progress: Progress) -> Packing:
-    """What the config asks for, or as much of it as the model can do: the result of training is the same."""
-    wanted = config.data.packing
-    if wanted == "none":
-        return wanted
-    possible = possible_packing(model)
-    if possible == "none":
-        progress.say("documents in one pass would see each other in this model; each example runs by itself")
-        return possible
-    if wanted == "tree" and possible == "flat":
-        attention = model.config._attn_implementation
-        progress.say(f"attention {attention} of this model cannot share prefixes; each example has its own")
-        return possible
-    return wanted
-
-
-def _plan(config: Config, rows: RowSet, packing: Packing) -> StepPlan:
-    # Lazy and streamed rows have no tokens yet: packs of them share what happens to lie in one pass.
-    sharing = None
-    if packing == "tree" and isinstance(rows.rows, CachedRows):
-        sharing = Sharing.of_tokens(*rows.rows.token_chunks())
-    return make_plan(
-        rows.lengths,
-        rows.row_starts,
-        sources=[RowSource(*bounds) for bounds in rows.bounds],
-        batch_size=config.train.batch_size,
-        micro_batch_tokens=config.train.micro_batch_tokens or 0,
-        num_ranks=_world_size(),
-        seed=config.run.seed,
-        epochs=config.train.epochs,
-        max_steps=config.train.max_steps,
-        one_example_a_pass=packing == "none",
-        shuffle=config.data.loading != "streaming",
-        sharing=sharing,
-    )
-
-
-def _world_size() -> int:
-    """Ranks, before transformers has started the process group (torchrun says it in the environment)."""
-    from accelerate import PartialState
-
-    return int(PartialState(cpu=not torch.accelerator.is_available()).num_processes)

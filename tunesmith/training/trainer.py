@@ -43,6 +43,7 @@ class StepCounts:
     rows: int = 0
     tokens: int = 0
     targets: int = 0
+    computed_tokens: int = 0  # what the model ran over: a prefix that rows share counts once a pass
     started_at: float = 0.0
 
 
@@ -134,13 +135,15 @@ class PackTrainer(Trainer):
                 sum(len(pack["rows"]) for pack in packs),
                 sum(pack["num_tokens"] for pack in packs),
                 sum(pack["num_targets"] for pack in packs),
+                sum(pack["input_ids"].shape[1] for pack in packs if pack["rows"]),
             ],
             dtype=torch.float64,
             device=device if device.type != "mps" else "cpu",
         )
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
-        self.step_counts = StepCounts(int(counts[1]), int(counts[2]), int(counts[3]), started_at)
+        rows, tokens, targets, computed = map(int, counts[1:])
+        self.step_counts = StepCounts(rows, tokens, targets, computed, started_at)
         self._step_packs, self._step_losses = packs, []
         if not isinstance(self.train_rows.rows, CachedRows):  # those were counted when they were prepared
             for pack in packs:

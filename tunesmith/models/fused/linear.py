@@ -41,7 +41,7 @@ def linears(x: Tensor, layers: Sequence[LinearParts]) -> tuple[Tensor, ...]:
     seeds = draw_seeds(layers)
     tensors = [tensor for layer in layers for tensor in layer.tensors]
     numbers = [(layer.scale, layer.dropout) for layer in layers]
-    outputs = _Linears.apply(x, dtype, numbers, seeds, *tensors)
+    outputs = _Linears.apply(x, dtype, numbers, seeds, *tensors)  # type: ignore[no-untyped-call]
     return tuple(output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
 
 
@@ -87,7 +87,8 @@ def backward_one(
         grads[1] = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype)
     if h is None:
         return dx, grads
-    assert layer.lora_a is not None and layer.lora_b is not None
+    assert layer.lora_a is not None
+    assert layer.lora_b is not None
     if needs_b:
         grads[3] = torch.mm(dy.t(), h).to(layer.lora_b.dtype).mul_(layer.scale)
     if needs_a or needs_x:
@@ -108,10 +109,7 @@ def backward_one(
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, numbers: Any, seeds: Any, *tensors: Any) -> Any:
-        layers = [
-            LinearParts(*tensors[4 * i : 4 * i + 4], *numbers[i])  # type: ignore[misc]
-            for i in range(len(numbers))
-        ]
+        layers = [LinearParts(*tensors[4 * i : 4 * i + 4], *numbers[i]) for i in range(len(numbers))]
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         outputs, products = [], []
         for layer, seed in zip(layers, seeds, strict=True):

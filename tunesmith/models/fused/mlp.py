@@ -2,8 +2,8 @@
 
     y = down(act(gate(x)) * up(x))           Shazeer 2020, arXiv:2002.05202
 
-Saved for the backward pass: x, gate(x), up(x) and three r-wide products. The product act(gate) * up, as wide as
-the layer, is made again: two cheap passes over memory against one tensor a layer less.
+Saved for the backward pass: x, gate(x), up(x) and three r-wide products. The product act(gate) * up, as wide
+as the layer, is made again: two cheap passes over memory against one tensor a layer less.
 """
 
 from __future__ import annotations
@@ -46,19 +46,24 @@ def gated_mlp(x: Tensor, layers: Sequence[LinearParts], activation: Activation) 
     """x [..., I] through gate, up and down, given in this order -> [..., I]."""
     tensors = [tensor for layer in layers for tensor in layer.tensors]
     numbers = [(layer.scale, layer.dropout) for layer in layers]
-    output: Tensor = _GatedMlp.apply(x, pass_dtype(x), activation, numbers, draw_seeds(layers), *tensors)
+    output: Tensor = _GatedMlp.apply(  # type: ignore[no-untyped-call]
+        x, pass_dtype(x), activation, numbers, draw_seeds(layers), *tensors
+    )
     return output
 
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dtype: torch.dtype, activation: Activation, numbers: Any, seeds: Any, *tensors: Any
+        ctx: Any,
+        x: Tensor,
+        dtype: torch.dtype,
+        activation: Activation,
+        numbers: Any,
+        seeds: Any,
+        *tensors: Any,
     ) -> Tensor:
-        gate, up, down = (
-            LinearParts(*tensors[4 * i : 4 * i + 4], *numbers[i])  # type: ignore[misc]
-            for i in range(3)
-        )
+        gate, up, down = (LinearParts(*tensors[4 * i : 4 * i + 4], *numbers[i]) for i in range(3))
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         g, gate_h = forward_one(flat, gate, seeds[0])
         u, up_h = forward_one(flat, up, seeds[1])

@@ -1,7 +1,7 @@
 """RMSNorm in one autograd node: float32 inside whatever the format outside, and no chain of copies saved.
 
-    y = x r (w + o),  r = 1 / sqrt(mean(x^2) + eps)          Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4
-    dx = r g - x r^3 mean(g x),  g = dy (w + o)              o is 1 for Gemma, which stores w - 1
+y = x r (w + o),  r = 1 / sqrt(mean(x^2) + eps)          Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4
+dx = r g - x r^3 mean(g x),  g = dy (w + o)              o is 1 for Gemma, which stores w - 1
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """x [..., I] normalised over its last dimension and scaled by weight [I] + offset, in x's format."""
-    output: Tensor = _RmsNorm.apply(x, weight, eps, offset)
+    output: Tensor = _RmsNorm.apply(x, weight, eps, offset)  # type: ignore[no-untyped-call]
     return output
 
 

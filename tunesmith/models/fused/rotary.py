@@ -16,9 +16,10 @@ from torch import Tensor
 def apply_rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """transformers' `apply_rotary_pos_emb`: q [B, H, T, D], k [B, K, T, D], cos and sin [B, T, D'] with D' <= D
+    """transformers' `apply_rotary_pos_emb`: q [B, H, T, D], k [B, K, T, D], cos and sin [B, T, D'] with D' <=
+    D
     -> rotated q and k. What of a head lies behind D' is left as it is."""
-    rotated: tuple[Tensor, Tensor] = _Rotary.apply(
+    rotated: tuple[Tensor, Tensor] = _Rotary.apply(  # type: ignore[no-untyped-call]
         q, k, cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     )
     return rotated
