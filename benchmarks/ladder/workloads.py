@@ -36,19 +36,21 @@ _LONGEST_ANSWER = 1024  # tokens of a prompt with one of its answers, workload c
 
 @dataclass(frozen=True)
 class Setting:
-    """A workload's defaults: rows (pairs) of a step, steps of a run, longest row."""
+    """A workload's defaults: rows (pairs) of a step, steps of a run, longest row, and tokens of a pack in the
+    rungs that have packs (what `tunesmith sft` chooses on this machine, and is left to choose in its rung)."""
 
     rows_per_step: int
     steps: int
     max_length: int
+    pack_tokens: int
 
 
 SETTINGS = {
-    "a": Setting(32, 6, 2048),
-    "b": Setting(16, 3, 2048),
-    "c": Setting(8, 3, 2 * _LONGEST_ANSWER),
-    "d0.5": Setting(8, 4, 512),
-    "d1.5": Setting(4, 3, 512),
+    "a": Setting(32, 6, 1536, 1536),
+    "b": Setting(16, 3, 1536, 3072),
+    "c": Setting(8, 3, 2 * _LONGEST_ANSWER, 2 * _LONGEST_ANSWER),
+    "d0.5": Setting(8, 4, 512, 1536),
+    "d1.5": Setting(4, 3, 512, 1536),
 }
 # The published configs; what is not named is transformers' default for Qwen2.
 _QWEN = {
@@ -102,12 +104,13 @@ class Workload:
 
     def plan(self, sharing: Sharing | None = None) -> StepPlan:
         """The step plan of these rows, the same that `tunesmith sft` makes of the config."""
-        return _plan(load_config(self.config), np.asarray(self.lengths, dtype=np.int32), sharing)
+        lengths = np.asarray(self.lengths, dtype=np.int32)
+        return _plan(load_config(self.config), lengths, self.pack_tokens, sharing)
 
     @property
     def pack_tokens(self) -> int:
-        """`train.micro_batch_tokens`: most tokens of a pack."""
-        return load_config(self.config).train.micro_batch_tokens or 0
+        """Most tokens of a pack."""
+        return load_config(self.config).train.micro_batch_tokens or SETTINGS[self.name].pack_tokens
 
     def write(self, file: Path) -> None:
         file.write_text(json.dumps(asdict(self)), encoding="utf-8")
@@ -158,7 +161,7 @@ def prepare(
         train = load_data(config, tokenizer).train
         lengths, rows = train.lengths, train.rows
         assert len(train.row_starts) == len(lengths) + 1, "a row that became several examples"
-    order = _plan(config, lengths.astype(np.int32)).rows_of_epoch(0).tolist()
+    order = _plan(config, lengths.astype(np.int32), config.train.micro_batch_tokens or setting.pack_tokens).rows_of_epoch(0).tolist()
     size = config.train.batch_size
     wanted = [order[step * size : (step + 1) * size] for step in range(config.train.max_steps or 0)]
     if not all(len(step) == size for step in wanted):
@@ -179,13 +182,13 @@ def prepare(
     )
 
 
-def _plan(config: Config, lengths: Any, sharing: Sharing | None = None) -> StepPlan:
+def _plan(config: Config, lengths: Any, pack_tokens: int, sharing: Sharing | None = None) -> StepPlan:
     return make_plan(
         lengths,
         np.arange(len(lengths) + 1, dtype=np.int64),
         sources=[RowSource(0, len(lengths))],
         batch_size=config.train.batch_size,
-        micro_batch_tokens=config.train.micro_batch_tokens or 0,
+        micro_batch_tokens=pack_tokens,
         num_ranks=1,
         seed=config.run.seed,
         epochs=None,

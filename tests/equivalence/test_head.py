@@ -101,21 +101,27 @@ def cases(draw):
 def test_losses_and_gradients_are_those_of_cross_entropy_on_logits(case, smoothing, chunk_rows):
     """To 1e-5: float32 sums of up to 90 terms, some of them of differences. A logit z is rounded to
     |z| 2^-24, and with it the exponent of its probability, which the tolerance has to add. What is small because
-    a prediction is sure is measured by what it would be with another target."""
+    a prediction is sure or a logit is at its cap is measured by what it would be with another target and without
+    a cap: it is a difference of numbers of that size."""
     leaves, targets, weights, trained, change, outer = case
     vocabulary = len(leaves["weight"])
     with patch.object(head_module, "CHUNK_BYTES", 4 * vocabulary * chunk_rows):
         found = with_gradients(fused_losses, leaves, trained, outer, targets, weights, change, smoothing)
-    wide = dict(dtype=torch.float64)
-    expected, elsewhere = (
-        with_gradients(plain_losses, leaves, trained, outer.double(), t, weights, change, smoothing, **wide)
-        for t in (targets, (targets + 1) % vocabulary)
+    expected, sure, unsure = (
+        with_gradients(
+            plain_losses, leaves, trained, outer.double(), t, weights, f, smoothing, dtype=torch.float64
+        )
+        for t, f in (
+            (targets, change),
+            (targets, LogitChange(change.factor)),
+            ((targets + 1) % vocabulary, LogitChange(change.factor)),
+        )
     )
     largest = plain_logits(*leaves.values(), LogitChange()).abs().amax().item() if len(targets) else 0.0
     for name, ours in found.items():
         assert ours.shape == expected[name].shape
         if ours.numel():
-            size = torch.maximum(expected[name].abs(), elsewhere[name].abs()).max()
+            size = max(some[name].abs().max() for some in (expected, sure, unsure))
             assert (ours - expected[name]).abs().max() <= (1e-5 + largest * 2**-22) * size, name
 
 
@@ -135,7 +141,9 @@ def test_in_bfloat16_the_head_is_as_near_to_the_truth_as_torch_is(large, lora, s
     stock = with_gradients(plain_losses, leaves, trained, *rest)
     exact = with_gradients(plain_losses, leaves, trained, *rest, dtype=torch.float64)
     for name, expected in exact.items():
-        our_error, stock_error = (float((some[name] - expected).norm() / expected.norm()) for some in (ours, stock))
+        our_error, stock_error = (
+            float((some[name] - expected).norm() / expected.norm()) for some in (ours, stock)
+        )
         assert our_error <= 1.5 * stock_error + 2**-9, name
 
 
@@ -159,7 +167,9 @@ def test_a_prediction_of_weight_0_has_loss_0_and_takes_no_part_in_any_gradient()
     assert not found["hidden"][[2, 5]].any()
     kept = weights.bool()
     without = {**leaves, "hidden": leaves["hidden"][kept]}
-    alone = with_gradients(fused_losses, without, trained, torch.tensor(1.0), targets[kept], weights[kept], *rest)
+    alone = with_gradients(
+        fused_losses, without, trained, torch.tensor(1.0), targets[kept], weights[kept], *rest
+    )
     # float32 sums of 9 terms and of 7
     assert torch.allclose(found["weight"], alone["weight"], rtol=1e-5, atol=1e-6)
 
