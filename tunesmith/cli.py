@@ -113,6 +113,11 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         "sft", parents=[common], help="supervised fine-tuning", description="Supervised fine-tuning."
     )
     _add_config(sft)
+    sft.add_argument(
+        "--profile-startup",
+        action="store_true",
+        help="after the first step, show where the time from the command to it went",
+    )
     sft.set_defaults(run=_sft)
 
     preview = verbs.add_parser(
@@ -174,13 +179,18 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _sft(options: argparse.Namespace) -> None:
+    from tunesmith.training.startup import Startup
+
+    startup = Startup()
     from tunesmith.config import load_config
 
     config = load_config(options.config, options.overrides)  # seconds before torch is there to complain
+    startup.mark("config")
     _quiet_libraries()
     from tunesmith.recipes.sft import sft
 
-    sft(config)
+    startup.mark("imports")
+    sft(config, startup=startup if options.profile_startup else None)
 
 
 def _preview(options: argparse.Namespace) -> None:

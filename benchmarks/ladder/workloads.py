@@ -161,7 +161,11 @@ def prepare(
         train = load_data(config, tokenizer).train
         lengths, rows = train.lengths, train.rows
         assert len(train.row_starts) == len(lengths) + 1, "a row that became several examples"
-    order = _plan(config, lengths.astype(np.int32), config.train.micro_batch_tokens or setting.pack_tokens).rows_of_epoch(0).tolist()
+    order = (
+        _plan(config, lengths.astype(np.int32), config.train.micro_batch_tokens or setting.pack_tokens)
+        .rows_of_epoch(0)
+        .tolist()
+    )
     size = config.train.batch_size
     wanted = [order[step * size : (step + 1) * size] for step in range(config.train.max_steps or 0)]
     if not all(len(step) == size for step in wanted):

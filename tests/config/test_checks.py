@@ -19,11 +19,9 @@ MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "a.jsonl"}}
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, {"epochs": 3.0, "max_steps": None, "micro_batch_tokens": 2048, "learning_rate": 2e-4}),
+        ({}, {"epochs": 3.0, "max_steps": None, "micro_batch_tokens": None, "learning_rate": 2e-4}),
         ({"train": {"max_steps": 7}}, {"epochs": None, "max_steps": 7}),
         ({"train": {"epochs": 0.5}}, {"epochs": 0.5}),
-        ({"data": {"train": "a", "max_length": 4096}}, {"micro_batch_tokens": 4096}),
-        ({"data": {"train": "a", "max_length": 64}}, {"micro_batch_tokens": 2048}),
         ({"adapter": {"method": "none"}}, {"learning_rate": 1e-5}),
         ({"adapter": {"method": "none"}, "train": {"learning_rate": 3e-5}}, {"learning_rate": 3e-5}),
     ],

@@ -1,5 +1,4 @@
-"""RMSNorm, rotary embedding and gated feed-forward against transformers' own modules, and what has to be left to
-itself."""
+"""RMSNorm, rotary embedding and gated feed-forward against transformers' own; and what is left alone."""
 
 from __future__ import annotations
 
@@ -255,8 +254,8 @@ def test_in_bfloat16_the_feed_forward_is_as_near_to_the_truth_as_the_stock_one(k
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_feed_forward_gradients_are_those_of_finite_differences(activation, dropout):
-    """With LoRA on all three layers, in float64. One seed for every evaluation: the backward pass must draw the
-    masks of the forward pass."""
+    """With LoRA on all three layers, in float64. One seed for every evaluation: the backward pass must draw
+    the masks of the forward pass."""
     shapes = [(7, 5), (7, 5), (5, 7)]
     tensors = [randn(3, 5, dtype=torch.float64).requires_grad_()]
     for i, (out, width) in enumerate(shapes):

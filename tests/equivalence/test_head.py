@@ -11,11 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tunesmith.models import head as head_module
+from tunesmith.models.fuse import fuse, loss_head
 from tunesmith.models.fused.linear import LinearParts
 from tunesmith.models.head import LogitChange, prediction_losses
 
@@ -100,9 +103,9 @@ def cases(draw):
 @settings(max_examples=250, deadline=None)
 def test_losses_and_gradients_are_those_of_cross_entropy_on_logits(case, smoothing, chunk_rows):
     """To 1e-5: float32 sums of up to 90 terms, some of them of differences. A logit z is rounded to
-    |z| 2^-24, and with it the exponent of its probability, which the tolerance has to add. What is small because
-    a prediction is sure or a logit is at its cap is measured by what it would be with another target and without
-    a cap: it is a difference of numbers of that size."""
+    |z| 2^-24, and with it the exponent of its probability, which the tolerance has to add. What is small
+    because a prediction is sure or a logit at its cap is a difference of larger numbers: it is measured by
+    what it would be with another target and without a cap."""
     leaves, targets, weights, trained, change, outer = case
     vocabulary = len(leaves["weight"])
     with patch.object(head_module, "CHUNK_BYTES", 4 * vocabulary * chunk_rows):
@@ -220,3 +223,47 @@ def test_no_more_logits_exist_than_those_of_a_chunk_and_none_are_kept(equal, sof
     given_in = {tensor.data_ptr() for tensor in (*leaves.values(), targets, weights, outer)}
     assert kept
     assert all(tensor.data_ptr() in given_in for tensor in kept)
+
+
+def with_lora_on_the_head(**options):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=False,
+    )
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["lm_head"], init_lora_weights=False, **options
+    )
+    model = get_peft_model(LlamaForCausalLM(config), lora)
+    fuse(model, ["head"])
+    return model.train(), lora
+
+
+def losses_and_reference(model):
+    """Of the fused head, and of the model's own logits; both draw what they drop from the same seed."""
+    ids = torch.arange(2, 22)[None]
+    targets, weights, positions = ids[0, 1:], torch.full((19,), 0.5), torch.arange(19)
+    head = loss_head(model)
+    assert head is not None
+    torch.manual_seed(1)
+    found = head(model, targets, weights, input_ids=ids, use_cache=False, logits_to_keep=positions)
+    torch.manual_seed(1)
+    logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits[0]
+    return found, F.cross_entropy(logits, targets, reduction="none") * weights
+
+
+def test_a_head_with_dropout_in_its_lora_drops():
+    found, expected = losses_and_reference(with_lora_on_the_head(lora_dropout=0.5)[0])
+    assert torch.allclose(found, expected, rtol=1e-5)
+
+
+def test_a_head_with_several_adapters_gives_the_loss_of_all_of_them():
+    model, lora = with_lora_on_the_head()
+    model.add_adapter("second", lora)
+    model.base_model.set_adapter(["default", "second"])
+    found, expected = losses_and_reference(model)
+    assert torch.allclose(found, expected, rtol=1e-5)

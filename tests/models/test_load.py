@@ -11,11 +11,7 @@ import tunesmith
 from tunesmith.config import load_config
 from tunesmith.errors import MissingExtraError
 from tunesmith.models.adapt import build_model, count_parameters
-from tunesmith.models.cost import (
-    choose_gradient_checkpointing,
-    enable_gradient_checkpointing,
-    training_cost,
-)
+from tunesmith.models.cost import enable_gradient_checkpointing, training_cost
 
 
 @pytest.fixture(scope="module")
@@ -105,21 +101,6 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, model_folder):
     first, second = gradients(plain), gradients(recomputed)
     assert first.keys() == second.keys()
     assert all(torch.allclose(first[name], second[name], rtol=1e-5, atol=1e-7) for name in first)
-
-
-def test_gradient_checkpointing_turns_on_when_a_pass_does_not_fit(model_folder, monkeypatch):
-    model = built(model_folder)
-    config = config_of(model_folder)
-    on, why = choose_gradient_checkpointing(model, config, torch.float32)
-    assert not on
-    assert "one pass of 2048 tokens" in why
-    monkeypatch.setattr("tunesmith.models.cost.free_memory_bytes", lambda: 10_000_000)
-    assert choose_gradient_checkpointing(model, config, torch.float32)[0]
-    forced = config_of(model_folder, train={"gradient_checkpointing": True})
-    assert choose_gradient_checkpointing(model, forced, torch.float32) == (
-        True,
-        "as train.gradient_checkpointing says",
-    )
 
 
 def test_the_cost_of_a_token_is_four_times_the_frozen_matrices_and_six_times_the_trained(model_folder):

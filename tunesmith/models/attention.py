@@ -31,6 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from tunesmith.models.fused.linear import pass_dtype
 from tunesmith.models.layout import PackLayout
 
 NAME = "tunesmith_cpu"
@@ -93,8 +94,9 @@ def packed_attention(
         layout = _layout_of_positions(position_ids, total)
     tiling = _Tiling.of(layout, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Seen as [T, heads, D], the way projections wrote them.
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Seen as [T, heads, D], the way projections wrote them. (Stock rotary embedding makes float32 of bfloat16.)
+    dtype = pass_dtype(query)
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     output = _PackedAttention.apply(q, k, v, tiling, scale, softcap)  # type: ignore[no-untyped-call]
     return output[None], None
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -142,8 +143,25 @@ def _fuse_feed_forward(model: nn.Module) -> None:
         if activation is None:
             continue
         fused = partial(_mlp_forward, module, module.forward, layers, activation)
-        if _agree(module.forward, fused, layers[0].in_features, layers[0].weight):
+        with _training(module, but=layers):
+            agrees = _agree(module.forward, fused, layers[0].in_features, layers[0].weight)
+        if agrees:
             module.forward = fused
+
+
+@contextmanager
+def _training(module: nn.Module, but: Collection[nn.Module]) -> Iterator[None]:
+    """`module` in training mode, so that a dropout of its own shows (Seed-OSS has one), but for the layers in
+    it, whose dropout is LoRA's and drawn anew each time."""
+    before = {part: part.training for part in module.modules()}
+    module.train()
+    for layer in but:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for part, was_training in before.items():
+            part.training = was_training
 
 
 def _mlp_forward(
@@ -313,9 +331,18 @@ def _logit_change(config: Any) -> LogitChange:
 def _head_forward(
     module: nn.Module, stock: Callable[[Tensor], Tensor], head: LossHead, change: LogitChange, hidden: Tensor
 ) -> Tensor:
-    parts = linear_parts(module)
-    if head.targets is None or head.weights is None or parts is None:
+    if head.targets is None or head.weights is None:
         return stock(hidden)
+    parts = linear_parts(module)
+    if parts is None or parts.dropout:  # what PEFT has been told since, or dropout: all logits at once
+        logits = stock(hidden).flatten(0, -2).float() * change.factor
+        if change.softcap is not None:
+            logits = change.softcap * torch.tanh(logits / change.softcap)
+        nll = torch.nn.functional.cross_entropy(
+            logits, head.targets, reduction="none", label_smoothing=head.label_smoothing
+        )
+        head.losses = nll * head.weights
+        return hidden.new_empty((*hidden.shape[:-2], 0, logits.shape[-1]))
     head.losses = prediction_losses(
         hidden.reshape(-1, hidden.shape[-1]),
         parts,

@@ -17,6 +17,8 @@ from tunesmith.training.objectives import next_token_loss
 from tunesmith.training.progress import Progress
 from tunesmith.training.run_folder import RunFolder
 from tunesmith.training.session import Session
+from tunesmith.training.startup import Startup
+from tunesmith.training.startup_report import StartupReport, cached_names, data_stage
 
 
 @dataclass(frozen=True)
@@ -30,22 +32,39 @@ class SftResult:
     summary: dict[str, Any]
 
 
-def sft(config: str | Path | dict[str, Any] | Config, overrides: list[str] | None = None) -> SftResult:
+def sft(
+    config: str | Path | dict[str, Any] | Config,
+    overrides: list[str] | None = None,
+    *,
+    startup: Startup | None = None,
+) -> SftResult:
     """Tune a causal LM on conversations or text, by LoRA or in full.
 
     Takes a YAML file, a dict of the same shape or a Config, and `section.key=value` overrides. Goes on from
     the newest checkpoint where the run folder has one. Raises tunesmith.errors.*, Interrupted after a signal
-    among them."""
+    among them. With `startup`, which runs since the process began, the time of each stage up to the first
+    step is printed and written to startup.json."""
+    is_profiled, startup = startup is not None, startup or Startup()
     config = load_config(config, overrides or [])
     progress = Progress()
     run = RunFolder(config)
     start = run.find_start(config, progress.say)
+    startup.mark("config")
     tokenizer = load_tokenizer(config)
+    startup.mark("tokenizer")
+    before = cached_names(config)
     data = load_data(config, tokenizer, progress.say)
+    startup.mark(data_stage(config, before))
     model = build_model(config, tokenizer, progress.say)
+    startup.mark("model load, adapter, fuse")
     card = partial(model_card, config, data, model)
     objective = partial(next_token_loss, label_smoothing=config.train.label_smoothing)
-    session = Session(config, run, tokenizer, data, model, progress, objective=objective, card=card)
+    session = Session(
+        config, run, tokenizer, data, model, progress, objective=objective, card=card, startup=startup
+    )
+    if is_profiled:
+        report = StartupReport(startup, progress.console, run.path / "startup.json")
+        session.trainer.add_callback(report)
     session.begin(start)
     session.measure_untouched(start)
     session.train(start)

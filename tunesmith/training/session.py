@@ -24,6 +24,7 @@ from tunesmith.training.checkpoints import Checkpoint
 from tunesmith.training.passes import plan_passes
 from tunesmith.training.progress import Progress, ProgressLine
 from tunesmith.training.run_folder import RunFolder, write_json
+from tunesmith.training.startup import Startup
 from tunesmith.training.trackers import trackers
 from tunesmith.training.trainer import Objective, PackTrainer
 
@@ -45,9 +46,10 @@ class Session:
         *,
         objective: Objective,
         card: Card,
+        startup: Startup,
     ) -> None:
         self.config, self.run, self.tokenizer, self.data = config, run, tokenizer, data
-        self.progress, self._card = progress, card
+        self.progress, self._card, self._startup = progress, card, startup
         self.dtype, _ = compute_dtype(config.model)
         self.stop_ids = stop_ids(data.train, tokenizer)
         self.asked = self._questions()
@@ -55,6 +57,7 @@ class Session:
         passes = plan_passes(
             config, data.train, model, self.dtype, before=run.pass_tokens_before, say=progress.say
         )
+        startup.mark("packing probe, plan")
         self.config = config = passes.config
         self.plan = passes.plan
         if passes.recomputes:
@@ -96,10 +99,13 @@ class Session:
         """Evaluate and question the model as it came. A run that goes on has done so already."""
         if start is not None:
             return
+        self._startup.mark("trainer set-up")
         if self.data.valid is not None:
             self.trainer.evaluate()
+            self._startup.mark("evaluation before training")
         if self.asked and self.is_main:
             self._write_answers("before", self.answers())
+            self._startup.mark("answers before training")
 
     def train(self, start: Checkpoint | None) -> None:
         """Train to the end. Raises Interrupted after a signal, when the checkpoint it asked for is
@@ -171,10 +177,13 @@ class Session:
             save_every=config.checkpoint.every_steps,
             evaluates=self.data.valid is not None,
         )
+        self._startup.mark("trainer set-up")
+        peak_flops = matmul_flops_per_second(self.dtype)
+        self._startup.mark("speed of multiplication")
         metrics = MetricsFile(
             self.run.metrics,
             training_cost(model),
-            matmul_flops_per_second(self.dtype),
+            peak_flops,
             lambda: self.trainer.step_counts,
             arguments.world_size,
         )

@@ -1,5 +1,5 @@
-"""Where the time from the start of the process to the first optimiser step goes. A stop watch, and nothing that
-is slow to import: it runs before torch is there."""
+"""Where the time from the start of the process to the first optimiser step goes: a stop watch. It imports
+nothing slow, since it runs before torch is there."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def process_age() -> float | None:
     A program that was started by `exec` has the age of the process that called it."""
     try:
         # proc(5): field 22; the second one is the program's name in brackets, which may hold anything.
-        fields = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        fields = (
+            Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
         started_at = int(fields[19]) / os.sysconf("SC_CLK_TCK")
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - started_at
     except (OSError, IndexError, ValueError, AttributeError):

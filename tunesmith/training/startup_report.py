@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from tunesmith.data.loading import Data
+from tunesmith.config import Config
+from tunesmith.data.cache import default_cache_dir
 from tunesmith.training.run_folder import write_json
 from tunesmith.training.startup import BEFORE_TRAINING, Startup
 
@@ -68,5 +69,14 @@ def startup_figures(startup: Startup) -> dict[str, Any]:
     }
 
 
-def data_stage(config_loading: str, data: Data) -> str:
-    raise NotImplementedError
+def cached_names(config: Config) -> set[str]:
+    """What lies in the folder of prepared data."""
+    folder = Path(config.data.cache_dir or default_cache_dir())
+    return {path.name for path in folder.iterdir() if path.is_dir()} if folder.is_dir() else set()
+
+
+def data_stage(config: Config, names_before: set[str]) -> str:
+    """Name of the stage in which data was loaded: whether there was anything to prepare."""
+    if cached_names(config) - names_before:
+        return "data (prepared)"
+    return "data (opened)" if config.data.loading == "streaming" else "data (from the cache)"

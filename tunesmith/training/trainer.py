@@ -12,6 +12,7 @@ What differs from transformers' own Trainer, and why:
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -122,6 +123,10 @@ class PackTrainer(Trainer):
     def train_from(self, checkpoint: Checkpoint | None) -> Any:
         """Train to the end, from a checkpoint or from the start."""
         self._resume_step = checkpoint.step if checkpoint else 0
+        # What has been imported and built stays: looking through it for garbage again and again took 2 to 5 %
+        # of a step.
+        gc.collect()
+        gc.freeze()
         return self.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
 
     def get_batch_samples(
