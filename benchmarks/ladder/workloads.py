@@ -37,7 +37,8 @@ _LONGEST_ANSWER = 1024  # tokens of a prompt with one of its answers, workload c
 @dataclass(frozen=True)
 class Setting:
     """A workload's defaults: rows (pairs) of a step, steps of a run, longest row, and tokens of a pack in the
-    rungs that have packs (what `tunesmith sft` chooses on this machine, and is left to choose in its rung)."""
+    rungs that have packs (what `tunesmith sft` chooses on this machine, and is left to choose in its
+    rung)."""
 
     rows_per_step: int
     steps: int

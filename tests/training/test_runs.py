@@ -112,6 +112,7 @@ def test_metrics_and_summary_agree_with_a_count_of_the_rows(run_config, tmp_path
         "rows",
         "tokens",
         "target_tokens",
+        "computed_tokens",
         "tokens_per_s",
         "target_tokens_per_s",
         "mfu",

@@ -94,7 +94,8 @@ def packed_attention(
         layout = _layout_of_positions(position_ids, total)
     tiling = _Tiling.of(layout, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    # Seen as [T, heads, D], the way projections wrote them. (Stock rotary embedding makes float32 of bfloat16.)
+    # Seen as [T, heads, D], the way projections wrote them. (Stock rotary embedding makes float32 of
+    # bfloat16.)
     dtype = pass_dtype(query)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     output = _PackedAttention.apply(q, k, v, tiling, scale, softcap)  # type: ignore[no-untyped-call]

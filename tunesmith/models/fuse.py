@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -98,6 +98,14 @@ def _linear_forward(
     return stock(x, *args, **kw) if parts is None else linears(x, [parts])[0]
 
 
+def _parts_of_all(modules: Sequence[nn.Module]) -> list[LinearParts] | None:
+    """What the layers compute, if all of it can be computed in one place: not under ZeRO-3, which gathers a
+    module's weights around its own forward."""
+    parts = [linear_parts(module) for module in modules]
+    known = [part for part in parts if part is not None and not hasattr(part.weight, "ds_id")]
+    return known if len(known) == len(parts) else None
+
+
 class _SharedInput:
     """Query, key and value projections of one attention layer: the first that is called computes all three
     (one pass over the input, and one gradient of it), the others find theirs ready if they are given the same
@@ -119,13 +127,9 @@ class _SharedInput:
                 self._x = None
             assert output is not None
             return output
-        parts = [linear_parts(module) for module in self._modules]
-        # ZeRO-3 gathers a module's weights around its own forward: the others' are not there.
-        alone = args or kwargs or any(hasattr(module, "ds_id") for p in parts if p for module in (p.weight,))
-        known = [part for part in parts if part is not None]
-        if alone or i or len(known) < len(parts):
-            part = None if args or kwargs else parts[i]
-            return self._stock[i](x, *args, **kwargs) if part is None else linears(x, [part])[0]
+        known = None if i or args or kwargs else _parts_of_all(self._modules)
+        if known is None:
+            return _linear_forward(self._modules[i], self._stock[i], x, *args, **kwargs)
         first, *rest = linears(x, known)
         self._x, self._outputs = x, [None, *rest]
         return first
@@ -167,11 +171,8 @@ def _training(module: nn.Module, but: Collection[nn.Module]) -> Iterator[None]:
 def _mlp_forward(
     module: nn.Module, stock: Callable[[Tensor], Tensor], layers: Any, activation: Activation, x: Tensor
 ) -> Tensor:
-    parts = [linear_parts(layer) for layer in layers]
-    known = [part for part in parts if part is not None]
-    if len(known) < 3 or any(hasattr(part.weight, "ds_id") for part in known):
-        return stock(x)
-    return gated_mlp(x, known, activation)
+    known = _parts_of_all(layers)
+    return stock(x) if known is None else gated_mlp(x, known, activation)
 
 
 def _activation(function: Any) -> Activation | None:
