@@ -6,7 +6,11 @@ from pathlib import Path
 from typing import Any
 
 # Compared in each number format: padded rows through transformers and PEFT, and the real thing.
-COMPARED = (("plain_fp32", "tunesmith_fp32"), ("plain_bf16_r1", "tunesmith"))
+COMPARED = (
+    ("plain_fp32", "tunesmith_fp32"),
+    ("plain_bf16_r1", "tunesmith"),
+    ("plain_fp32", "tunesmith"),
+)
 STEPS, ROWS_PER_STEP = 50, 8
 
 
