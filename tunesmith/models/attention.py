@@ -304,11 +304,11 @@ class _Pack:
         dqueries = torch.empty_like(queries[..., :size], memory_format=torch.contiguous_format)
         dkeys, dvalues = (torch.zeros_like(keys[..., :size], dtype=torch.float32) for _ in range(2))
         for group in self.tiling.groups:
-            q, dout = self._rows(queries, group), self._rows(doutputs, group)
+            q, dy = self._rows(queries, group), self._rows(doutputs, group)
             k, v = self._seen(keys, group), self._seen(values, group)
             weights, slope = self._exponentials(q, k, group)
-            self._add_seen(dvalues, group, torch.bmm(weights.mT, dout[..., :size]))
-            dscores = weights.mul_(torch.bmm(dout, v.mT))
+            self._add_seen(dvalues, group, torch.bmm(weights.mT, dy[..., :size]))
+            dscores = weights.mul_(torch.bmm(dy, v.mT))
             if slope is not None:
                 dscores = dscores.mul_(slope)
             self._add_seen(dkeys, group, torch.bmm(dscores.mT, q[..., :size]))
