@@ -19,7 +19,6 @@ Accelerators have their own kernels: flex_attention.py.
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,7 +90,7 @@ def packed_attention(
     if dropout:
         raise ValueError("attention dropout inside packs is not supported; set attention_dropout to 0")
     if layout is None:
-        layout = _layout_of_positions(position_ids, total)
+        layout = PackLayout.of_positions(position_ids, total)
     tiling = _Tiling.of(layout, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Seen as [T, heads, D], the way projections wrote them. (Stock rotary embedding makes float32 of
@@ -100,19 +99,6 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     output = _PackedAttention.apply(q, k, v, tiling, scale, softcap)  # type: ignore[no-untyped-call]
     return output[None], None
-
-
-def _layout_of_positions(position_ids: Tensor | None, total: int) -> PackLayout:
-    if position_ids is None:
-        return PackLayout.of_lengths([total])
-    known: PackLayout | None = getattr(position_ids, "_tunesmith_layout", None)  # every layer asks again
-    if known is not None and known.num_tokens == total:
-        return known
-    starts = (position_ids.reshape(-1, total)[0].diff(prepend=position_ids.new_tensor([-2])) != 1).nonzero()
-    bounds = [*starts[:, 0].tolist(), total]
-    layout = PackLayout.of_lengths([end - start for start, end in itertools.pairwise(bounds)])
-    position_ids._tunesmith_layout = layout  # type: ignore[attr-defined]
-    return layout
 
 
 # --- the mask as tiles

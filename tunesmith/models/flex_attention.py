@@ -17,7 +17,6 @@ data.packing=tree.
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -97,7 +96,7 @@ def packed_flex_attention(
     if dropout:
         raise ValueError("FlexAttention has no dropout; set attention_dropout of the model to 0")
     if layout is None:
-        layout = _layout_of(position_ids, total)
+        layout = PackLayout.of_positions(position_ids, total)
     output = _flex(query.device.type)(
         query,
         key,
@@ -169,13 +168,6 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     counts = blocks.sum(-1, dtype=torch.int32)
     indices = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
     return counts[None, None], indices[None, None].contiguous()
-
-
-def _layout_of(position_ids: Tensor | None, total: int) -> PackLayout:
-    if position_ids is None or position_ids.shape[-1] != total:
-        return PackLayout.of_lengths([total])
-    starts = [0, *((position_ids[0, 1:] == 0).nonzero()[:, 0] + 1).tolist(), total]
-    return PackLayout.of_lengths([end - start for start, end in itertools.pairwise(starts)])
 
 
 def _capped(softcap: float) -> Callable[..., Tensor]:

@@ -14,6 +14,7 @@ segment lies directly behind it, and one number a token says the whole attention
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,6 +48,20 @@ class PackLayout:
             segments.append(Segment(start, start + length, start + length))
             start += length
         return cls(tuple(segments))
+
+    @classmethod
+    def of_positions(cls, position_ids: Tensor | None, total: int) -> PackLayout:
+        """Documents that share nothing and begin where positions [..., total] do not go on by one; one document
+        without positions. Kept with the tensor: every layer of a model asks for the same one."""
+        if position_ids is None or position_ids.shape[-1] != total:
+            return cls.of_lengths([total])
+        known: PackLayout | None = getattr(position_ids, "_tunesmith_layout", None)
+        if known is None:
+            starts = (position_ids.reshape(-1, total)[0].diff() != 1).nonzero()[:, 0] + 1
+            bounds = [0, *starts.tolist(), total]
+            known = cls.of_lengths([end - start for start, end in itertools.pairwise(bounds)])
+            position_ids._tunesmith_layout = known  # type: ignore[attr-defined]
+        return known
 
     @property
     def num_tokens(self) -> int:

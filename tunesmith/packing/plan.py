@@ -79,11 +79,9 @@ class StepPlan:
 
     def pass_tokens(self, examples: Sequence[int]) -> int:
         """Tokens of one pass, shared ones once (at most a few more than there are)."""
-        lengths = self.lengths[np.array(examples, dtype=np.int64)]
-        if self.sharing is None or not len(examples):
-            return int(lengths.sum())
-        _, common = self.sharing.in_order(np.array(examples, dtype=np.int64))
-        return int(lengths.sum() - common.sum())
+        chosen = np.array(examples, dtype=np.int64)
+        tokens = int(self.lengths[chosen].sum())
+        return tokens if self.sharing is None else tokens - int(self.sharing.in_order(chosen)[1].sum())
 
 
 def make_plan(

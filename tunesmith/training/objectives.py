@@ -32,9 +32,8 @@ def prediction_losses(model: Any, pack: dict[str, Any], *, label_smoothing: floa
         "use_cache": False,
         "logits_to_keep": positions,
     }
-    if (
-        pack["layout"] is not None
-    ):  # a prefix tree; models without attention for one need not know the keyword
+    # A prefix tree; models without attention for one need not know the keyword.
+    if pack["layout"] is not None:
         inputs["layout"] = pack["layout"]
     head = loss_head(model)
     if head is not None:

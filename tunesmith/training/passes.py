@@ -5,6 +5,7 @@ None of it changes the result of training; it decides what it costs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,7 @@ def plan_passes(
     if packing == "tree" and isinstance(rows.rows, CachedRows):
         sharing = Sharing.of_tokens(*rows.rows.token_chunks())
 
+    @functools.cache  # the size that is chosen has been planned to choose it
     def plan_of(size: int) -> StepPlan:
         return make_plan(
             rows.lengths,
