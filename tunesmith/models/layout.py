@@ -51,8 +51,8 @@ class PackLayout:
 
     @classmethod
     def of_positions(cls, position_ids: Tensor | None, total: int) -> PackLayout:
-        """Documents that share nothing and begin where positions [..., total] do not go on by one; one document
-        without positions. Kept with the tensor: every layer of a model asks for the same one."""
+        """Documents that share nothing and begin where positions [..., total] do not go on by one; one
+        document without positions. Kept with the tensor: every layer of a model asks for the same one."""
         if position_ids is None or position_ids.shape[-1] != total:
             return cls.of_lengths([total])
         known: PackLayout | None = getattr(position_ids, "_tunesmith_layout", None)
