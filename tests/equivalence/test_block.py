@@ -84,7 +84,7 @@ def test_the_norm_is_llamas_and_gemmas(kind, offset, size):
 
 
 @pytest.mark.parametrize(("kind", "offset"), NORMS)
-def test_in_bfloat16_the_norm_is_as_near_to_the_truth_as_the_stock_one(kind, offset):
+def test_in_bfloat16_the_norm_is_as_near_to_the_truth_as_the_stock_one(kind, offset, kernels):
     x, upstream = randn(64, 64, dtype=torch.bfloat16), randn(64, 64, seed=1, dtype=torch.bfloat16)
     weight = fill(kind(64)).weight.bfloat16()
     eps = 1e-6
@@ -240,7 +240,7 @@ def test_the_feed_forward_is_transformers_whatever_of_it_is_trained(kind, traine
 
 
 @pytest.mark.parametrize("kind", MLPS)
-def test_in_bfloat16_the_feed_forward_is_as_near_to_the_truth_as_the_stock_one(kind):
+def test_in_bfloat16_the_feed_forward_is_as_near_to_the_truth_as_the_stock_one(kind, kernels):
     stock = feed_forward(kind).bfloat16()
     exact, ours = copy.deepcopy(stock).double(), copy.deepcopy(stock)
     fuse(ours, ["block"])

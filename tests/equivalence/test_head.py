@@ -131,7 +131,7 @@ def test_losses_and_gradients_are_those_of_cross_entropy_on_logits(case, smoothi
 @pytest.mark.parametrize("large", [1.0, 40.0])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_in_bfloat16_the_head_is_as_near_to_the_truth_as_torch_is(large, lora, softcap):
+def test_in_bfloat16_the_head_is_as_near_to_the_truth_as_torch_is(large, lora, softcap, kernels):
     """At most 1.5 times torch's own distance in bfloat16 from float64, plus one rounding (2^-9): the same
     numbers of eight bits, summed in another order."""
     leaves, targets, weights = tensors(

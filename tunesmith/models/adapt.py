@@ -11,6 +11,7 @@ import torch
 
 from tunesmith.config import AdapterConfig, Config
 from tunesmith.errors import ModelError
+from tunesmith.models.devices import steady_memory
 from tunesmith.models.fuse import PIECES, fuse
 from tunesmith.models.load import load_model
 
@@ -22,6 +23,7 @@ def build_model(
     `run.seed`."""
     from transformers import set_seed
 
+    steady_memory()
     set_seed(config.run.seed)
     model = adapt_model(load_model(config, tokenizer, say), config, tokenizer)
     fuse(model, pieces)

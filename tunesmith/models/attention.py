@@ -32,6 +32,7 @@ from transformers.masking_utils import sdpa_mask
 
 from tunesmith.models.fused.linear import pass_dtype
 from tunesmith.models.layout import PackLayout
+from tunesmith.models.native import attention as native
 
 NAME = "tunesmith_cpu"
 _WIDTHS = (32, 64, 96, 128, 192, 256)
@@ -91,12 +92,14 @@ def packed_attention(
         raise ValueError("attention dropout inside packs is not supported; set attention_dropout to 0")
     if layout is None:
         layout = PackLayout.of_positions(position_ids, total)
-    tiling = _Tiling.of(layout, sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Seen as [T, heads, D], the way projections wrote them. (Stock rotary embedding makes float32 of
     # bfloat16.)
     dtype = pass_dtype(query)
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
+    if softcap is None and native.serves(q, k, v):
+        return native.native_attention(q, k, v, layout, window=sliding_window, scale=scale)[None], None
+    tiling = _Tiling.of(layout, sliding_window)
     output = _PackedAttention.apply(q, k, v, tiling, scale, softcap)  # type: ignore[no-untyped-call]
     return output[None], None
 

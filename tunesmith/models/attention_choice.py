@@ -14,6 +14,7 @@ from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.devices import compute_dtype, default_device
 from tunesmith.models.flex_attention import NAME as FLEX
 from tunesmith.models.flex_attention import use_flex_attention
+from tunesmith.models.native.build import missing
 from tunesmith.models.packable import attends_like
 
 FLASH = "flash_attention_2"
@@ -60,6 +61,8 @@ def set_attention(model: Any, config: Config, say: Callable[[str], None]) -> Non
     )
     if name == CPU:
         use_packed_attention(model)
+        if dtype == torch.bfloat16 and (lack := missing()) is not None:
+            why += f"; in PyTorch's operations, which are slower than native code: {lack}"
     elif name == FLEX:
         use_flex_attention(model)
     elif name != abilities.stock:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tunesmith.models.fused.linear import LinearParts, pass_dtype
+from tunesmith.models.native import elementwise as native
 
 CHUNK_BYTES = 64 * 2**20  # of one chunk's logits
 
@@ -172,15 +173,7 @@ def _chunk(
     target_at = (torch.arange(len(targets), device=targets.device), targets)
     target_logits = logits[target_at].float()[:, None]
     mean_logits = _row_sums(logits) / logits.shape[1] if smoothing else None
-    largest = logits.amax(-1, keepdim=True)
-    # Floating-point numbers have room for exponents of +-60 without a reference. (To know whether they are
-    # needed an accelerator would have to be waited for.)
-    shift = None
-    if logits.device.type != "cpu" or bool((largest.max() > 60) | (largest.min() < -60)):
-        shift = largest.float()
-        logits.sub_(largest)
-    logits.exp_()
-    sums = _row_sums(logits)
+    shift, sums = _exponentials_(logits)
     log_sums = sums.log() if shift is None else sums.log() + shift
     nll = log_sums - (1 - smoothing) * target_logits
     if mean_logits is not None:
@@ -234,6 +227,20 @@ def _change_(logits: Tensor, change: LogitChange) -> Tensor | None:
     slope = 1 - logits.square()
     logits.mul_(change.softcap)
     return slope
+
+
+def _exponentials_(logits: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Writes exp(logits - shift) over [C, V]; returns the shift (None: 0) and the sums, [C, 1] float32."""
+    if native.serves(logits):
+        return native.exponentials_(logits)
+    largest = logits.amax(-1, keepdim=True)
+    # Floating-point numbers have room for exponents of +-60 without a reference. (To know whether they are
+    # needed an accelerator would have to be waited for.)
+    shift = None
+    if logits.device.type != "cpu" or bool((largest.max() > 60) | (largest.min() < -60)):
+        shift = largest.float()
+        logits.sub_(largest)
+    return shift, _row_sums(logits.exp_())
 
 
 def _row_sums(x: Tensor) -> Tensor:

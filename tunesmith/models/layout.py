@@ -84,3 +84,13 @@ class PackLayout:
         """[T] int64: the position of each token in its documents."""
         runs = [torch.arange(s.position, s.position + s.end - s.start) for s in self.segments]
         return torch.cat(runs) if runs else torch.zeros(0, dtype=torch.int64)
+
+    @cached_property
+    def positions_int32(self) -> Tensor:
+        """[T] int32: `position_ids` for code that wants them short."""
+        return self.position_ids.to(torch.int32)
+
+    @cached_property
+    def last_position(self) -> int:
+        """Of any token."""
+        return max((s.position + s.end - s.start - 1 for s in self.segments), default=0)

@@ -14,7 +14,7 @@ from tunesmith.data.loading import Data
 from tunesmith.errors import Interrupted
 from tunesmith.models.adapt import count_parameters
 from tunesmith.models.cost import enable_gradient_checkpointing, training_cost
-from tunesmith.models.devices import compute_dtype, keep_freed_memory, matmul_flops_per_second
+from tunesmith.models.devices import compute_dtype, matmul_flops_per_second
 from tunesmith.models.save import save_artifact
 from tunesmith.packing.collate import collate_flat, collate_tree
 from tunesmith.training.answers import Question, answer, questions, stop_ids
@@ -53,7 +53,6 @@ class Session:
         self.dtype, _ = compute_dtype(config.model)
         self.stop_ids = stop_ids(data.train, tokenizer)
         self.asked = self._questions()
-        keep_freed_memory()
         passes = plan_passes(
             config, data.train, model, self.dtype, before=run.pass_tokens_before, say=progress.say
         )

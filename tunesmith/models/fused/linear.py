@@ -12,7 +12,7 @@ Products are made in the number format of the pass; nothing is made for what is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,12 @@ class LinearParts:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.weight, self.bias, self.lora_a, self.lora_b
+
+    def with_lora_in(self, dtype: torch.dtype) -> LinearParts:
+        """The same with its small matrices in the format of the pass, for forward and backward both."""
+        if self.lora_a is None or self.lora_b is None:
+            return self
+        return replace(self, lora_a=self.lora_a.to(dtype), lora_b=self.lora_b.to(dtype))
 
 
 def linears(x: Tensor, layers: Sequence[LinearParts]) -> tuple[Tensor, ...]:
@@ -55,13 +61,13 @@ def pass_dtype(x: Tensor) -> torch.dtype:
 
 
 def forward_one(x: Tensor, layer: LinearParts, seed: int | None) -> tuple[Tensor, Tensor | None]:
-    """x [T, I] -> y [T, O] and the LoRA's h = drop(x) A^T [T, r]. All in one format."""
+    """x [T, I] -> y [T, O] and the LoRA's h = drop(x) A^T [T, r]. All in one format, LoRA's too."""
     weight = layer.weight.to(x.dtype).t()
     y = torch.mm(x, weight) if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), x, weight)
     if layer.lora_a is None or layer.lora_b is None:
         return y, None
-    h = torch.mm(dropped(x, layer.dropout, seed), layer.lora_a.to(x.dtype).t())
-    return y.addmm_(h, layer.lora_b.to(x.dtype).t(), alpha=layer.scale), h
+    h = torch.mm(dropped(x, layer.dropout, seed), layer.lora_a.t())
+    return y.addmm_(h, layer.lora_b.t(), alpha=layer.scale), h
 
 
 def backward_one(
@@ -74,7 +80,7 @@ def backward_one(
     dx: Tensor | None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """Gradients of one layer: dx (added to the one given; None if `needs[0]` is false) and those of its four
-    tensors, where `needs[1:]` asks for them."""
+    tensors, where `needs[1:]` asks for them; LoRA's in float32 or the format of the pass."""
     needs_x, needs_weight, needs_bias, needs_a, needs_b = needs
     grads: list[Tensor | None] = [None, None, None, None]
     if needs_x:
@@ -90,33 +96,42 @@ def backward_one(
     assert layer.lora_a is not None
     assert layer.lora_b is not None
     if needs_b:
-        grads[3] = torch.mm(dy.t(), h).to(layer.lora_b.dtype).mul_(layer.scale)
+        # The transpose is several times faster than dy^T h, which is as tall as it is thin.
+        db = torch.mm(h.t(), dy).t()
+        wide = torch.promote_types(torch.float32, db.dtype)
+        grads[3] = db.to(wide, memory_format=torch.contiguous_format).mul_(layer.scale)
     if needs_a or needs_x:
-        dh = torch.mm(dy, layer.lora_b.to(dy.dtype)).mul_(layer.scale)
+        dh = torch.mm(dy, layer.lora_b).mul_(layer.scale)
         if needs_a:
             kept = dropped(x, layer.dropout, seed)
-            grads[2] = torch.mm(dh.t(), kept).to(layer.lora_a.dtype)
+            grads[2] = torch.mm(dh.t(), kept)
         if needs_x:
             assert dx is not None
-            lora_a = layer.lora_a.to(dy.dtype)
             if layer.dropout and seed is not None:
-                dx += torch.mm(dh, lora_a).mul_(_kept(x, layer.dropout, seed))
+                dx += torch.mm(dh, layer.lora_a).mul_(_kept(x, layer.dropout, seed))
             else:
-                dx.addmm_(dh, lora_a)
+                dx.addmm_(dh, layer.lora_a)
     return dx, grads
+
+
+def layers_of(tensors: Sequence[Any], numbers: Any, dtype: torch.dtype) -> list[LinearParts]:
+    """Layers from a flat list of their tensors, ready for `forward_one` and `backward_one`."""
+    return [
+        LinearParts(*tensors[4 * i : 4 * i + 4], *own).with_lora_in(dtype) for i, own in enumerate(numbers)
+    ]
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, numbers: Any, seeds: Any, *tensors: Any) -> Any:
-        layers = [LinearParts(*tensors[4 * i : 4 * i + 4], *numbers[i]) for i in range(len(numbers))]
+        layers = layers_of(tensors, numbers, dtype)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         outputs, products = [], []
         for layer, seed in zip(layers, seeds, strict=True):
             y, h = forward_one(flat, layer, seed)
             outputs.append(y)
             products.append(h)
-        ctx.save_for_backward(flat, *products, *tensors)
+        ctx.save_for_backward(flat, *products, *(tensor for layer in layers for tensor in layer.tensors))
         ctx.numbers, ctx.seeds, ctx.x_shape, ctx.x_dtype = numbers, seeds, x.shape, x.dtype
         return tuple(outputs)
 
@@ -128,8 +143,7 @@ class _Linears(torch.autograd.Function):
         needs = ctx.needs_input_grad
         dx: Tensor | None = None
         out: list[Tensor | None] = []
-        for i, dy in enumerate(grads):
-            layer = LinearParts(*tensors[4 * i : 4 * i + 4], *ctx.numbers[i])
+        for i, (dy, layer) in enumerate(zip(grads, layers_of(tensors, ctx.numbers, x.dtype), strict=True)):
             wanted = (needs[0], *needs[4 + 4 * i : 8 + 4 * i])
             dx, own = backward_one(dy, x, products[i], layer, ctx.seeds[i], wanted, dx)
             out += own

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tunesmith.models.fused.linear import LinearParts, backward_one, draw_seeds, forward_one, pass_dtype
+from tunesmith.models.fused.linear import (
+    LinearParts,
+    backward_one,
+    draw_seeds,
+    forward_one,
+    layers_of,
+    pass_dtype,
+)
+from tunesmith.models.native import elementwise as native
 
 
 class Activation(NamedTuple):
@@ -26,7 +34,20 @@ class Activation(NamedTuple):
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(x) if self.kind == "silu" else F.gelu(x, approximate=self._approximate)
 
-    def backward_(self, grad: Tensor, x: Tensor) -> Tensor:
+    def times(self, gate: Tensor, up: Tensor) -> Tensor:
+        """act(gate) * up."""
+        if self.kind == "silu" and native.serves(gate, up):
+            return native.silu_mul(gate, up)
+        return self.forward(gate).mul_(up)
+
+    def times_backward_(self, doutput: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of gate and up; `doutput` is written over."""
+        if self.kind == "silu" and native.serves(doutput, gate, up):
+            return native.silu_mul_backward_(doutput, gate, up)
+        dup = self.forward(gate).mul_(doutput)
+        return self._backward_(doutput.mul_(up), gate), dup
+
+    def _backward_(self, grad: Tensor, x: Tensor) -> Tensor:
         """Gradient of the input, written over `grad`."""
         if self.kind == "silu":
             return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
@@ -63,12 +84,14 @@ class _GatedMlp(torch.autograd.Function):
         seeds: Any,
         *tensors: Any,
     ) -> Tensor:
-        gate, up, down = (LinearParts(*tensors[4 * i : 4 * i + 4], *numbers[i]) for i in range(3))
+        gate, up, down = layers = layers_of(tensors, numbers, dtype)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         g, gate_h = forward_one(flat, gate, seeds[0])
         u, up_h = forward_one(flat, up, seeds[1])
-        y, down_h = forward_one(activation.forward(g).mul_(u), down, seeds[2])
-        ctx.save_for_backward(flat, g, u, gate_h, up_h, down_h, *tensors)
+        y, down_h = forward_one(activation.times(g, u), down, seeds[2])
+        ctx.save_for_backward(
+            flat, g, u, gate_h, up_h, down_h, *(t for layer in layers for t in layer.tensors)
+        )
         ctx.activation, ctx.numbers, ctx.seeds = activation, numbers, seeds
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -76,13 +99,12 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, g, u, gate_h, up_h, down_h, *tensors = ctx.saved_tensors
-        gate, up, down = (LinearParts(*tensors[4 * i : 4 * i + 4], *ctx.numbers[i]) for i in range(3))
+        gate, up, down = layers_of(tensors, ctx.numbers, x.dtype)
         needs = [ctx.needs_input_grad[5 + 4 * i : 9 + 4 * i] for i in range(3)]
         needs_x = ctx.needs_input_grad[0]
         dy = grads[0].reshape(-1, grads[0].shape[-1])
-        activated = ctx.activation.forward(g)
         inner_needed = needs_x or any(needs[0]) or any(needs[1])
-        product = activated * u if needs[2][0] or needs[2][2] else activated
+        product = ctx.activation.times(g, u) if needs[2][0] or needs[2][2] else g  # g: for its shape
         dinner, down_grads = backward_one(
             dy, product, down_h, down, ctx.seeds[2], (inner_needed, *needs[2]), None
         )
@@ -91,9 +113,8 @@ class _GatedMlp(torch.autograd.Function):
         up_grads: list[Tensor | None] = [None] * 4
         if dinner is not None:
             del product
-            du = activated.mul_(dinner)
+            dg, du = ctx.activation.times_backward_(dinner, g, u)
             dx, up_grads = backward_one(du, x, up_h, up, ctx.seeds[1], (needs_x, *needs[1]), None)
-            dg = ctx.activation.backward_(dinner.mul_(u), g)
             dx, gate_grads = backward_one(dg, x, gate_h, gate, ctx.seeds[0], (needs_x, *needs[0]), dx)
         if dx is not None:
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)

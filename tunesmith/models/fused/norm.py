@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.models.native import elementwise as native
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """x [..., I] normalised over its last dimension and scaled by weight [I] + offset, in x's format."""
@@ -21,17 +23,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        ctx.offset = offset
+        if native.serves(x):
+            output, inverse = native.rms_norm(x, _scale(weight, offset), eps)
+            ctx.save_for_backward(x, weight, inverse)
+            return output
         wide = x.float() if x.dtype != torch.float32 else x.clone()
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        ctx.offset = offset
         return torch.mul(wide.mul_(inverse), _scale(weight, offset), out=torch.empty_like(x))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, weight, inverse = ctx.saved_tensors
         dy = grads[0]
+        if native.serves(x, dy) and not ctx.needs_input_grad[1]:
+            return native.rms_norm_backward(dy, x, _scale(weight, ctx.offset), inverse), None, None, None
         scaled = dy.float() * inverse
         dweight = None
         if ctx.needs_input_grad[1]:
