@@ -57,65 +57,121 @@ def pass_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-# --- one layer forward and backward, on 2-D tensors
+# --- layers on one input, forward and backward, on 2-D tensors
 
 
-def forward_one(x: Tensor, layer: LinearParts, seed: int | None) -> tuple[Tensor, Tensor | None]:
-    """x [T, I] -> y [T, O] and the LoRA's h = drop(x) A^T [T, r]. All in one format, LoRA's too."""
-    weight = layer.weight.to(x.dtype).t()
-    y = torch.mm(x, weight) if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), x, weight)
-    if layer.lora_a is None or layer.lora_b is None:
-        return y, None
-    h = torch.mm(dropped(x, layer.dropout, seed), layer.lora_a.t())
-    return y.addmm_(h, layer.lora_b.t(), alpha=layer.scale), h
+def forward_all(
+    x: Tensor, layers: Sequence[LinearParts], seeds: Sequence[int | None]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """x [T, I] -> of each layer y [T, O] and the LoRA's h = drop(x) A^T [T, r]. All in one format, LoRA's
+    too."""
+    products = _products(x, layers, seeds)
+    outputs = []
+    for layer, h in zip(layers, products, strict=True):
+        weight = layer.weight.to(x.dtype).t()
+        y = torch.mm(x, weight) if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), x, weight)
+        if h is not None and layer.lora_b is not None:
+            y.addmm_(h, layer.lora_b.t(), alpha=layer.scale)
+        outputs.append(y)
+    return outputs, products
 
 
-def backward_one(
-    dy: Tensor,
+def backward_all(
+    dys: Sequence[Tensor],
     x: Tensor,
-    h: Tensor | None,
-    layer: LinearParts,
-    seed: int | None,
-    needs: Sequence[bool],
-    dx: Tensor | None,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Gradients of one layer: dx (added to the one given; None if `needs[0]` is false) and those of its four
-    tensors, where `needs[1:]` asks for them; LoRA's in float32 or the format of the pass."""
-    needs_x, needs_weight, needs_bias, needs_a, needs_b = needs
-    grads: list[Tensor | None] = [None, None, None, None]
-    if needs_x:
-        weight = layer.weight.to(dy.dtype)
-        dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
-    if needs_weight:
-        grads[0] = torch.mm(dy.t(), x).to(layer.weight.dtype)
-    if needs_bias:
-        assert layer.bias is not None
-        grads[1] = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype)
-    if h is None:
-        return dx, grads
-    assert layer.lora_a is not None
-    assert layer.lora_b is not None
-    if needs_b:
-        # The transpose is several times faster than dy^T h, which is as tall as it is thin.
-        db = torch.mm(h.t(), dy).t()
-        wide = torch.promote_types(torch.float32, db.dtype)
-        grads[3] = db.to(wide, memory_format=torch.contiguous_format).mul_(layer.scale)
-    if needs_a or needs_x:
-        dh = torch.mm(dy, layer.lora_b).mul_(layer.scale)
-        if needs_a:
-            kept = dropped(x, layer.dropout, seed)
-            grads[2] = torch.mm(dh.t(), kept)
+    products: Sequence[Tensor | None],
+    layers: Sequence[LinearParts],
+    seeds: Sequence[int | None],
+    needs_x: bool,
+    needs: Sequence[Sequence[bool]],
+) -> tuple[Tensor | None, list[list[Tensor | None]]]:
+    """dx (None unless `needs_x`), and the gradients of the four tensors of each layer that its `needs` ask
+    for; LoRA's in float32 or the format of the pass."""
+    dx: Tensor | None = None
+    grads: list[list[Tensor | None]] = [[None] * 4 for _ in layers]
+    dhs: list[Tensor | None] = [None] * len(layers)
+    for i, (dy, h, layer) in enumerate(zip(dys, products, layers, strict=True)):
+        needs_weight, needs_bias, needs_a, needs_b = needs[i]
         if needs_x:
-            assert dx is not None
-            if layer.dropout and seed is not None:
-                dx += torch.mm(dh, layer.lora_a).mul_(_kept(x, layer.dropout, seed))
-            else:
-                dx.addmm_(dh, layer.lora_a)
+            weight = layer.weight.to(dy.dtype)
+            dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+        if needs_weight:
+            grads[i][0] = torch.mm(dy.t(), x).to(layer.weight.dtype)
+        if needs_bias and layer.bias is not None:
+            grads[i][1] = dy.sum(0, dtype=torch.float32).to(layer.bias.dtype)
+        if h is None or layer.lora_b is None:
+            continue
+        if needs_b:
+            # The transpose is several times faster than dy^T h, which is as tall as it is thin.
+            db = torch.mm(h.t(), dy).t()
+            wide = torch.promote_types(torch.float32, db.dtype)
+            grads[i][3] = db.to(wide, memory_format=torch.contiguous_format).mul_(layer.scale)
+        if needs_a or needs_x:
+            dhs[i] = torch.mm(dy, layer.lora_b).mul_(layer.scale)
+    for i, da in enumerate(_through_lora_a(dhs, x, layers, seeds, dx, any(own[2] for own in needs))):
+        grads[i][2] = da if needs[i][2] else None
     return dx, grads
 
 
+def _products(x: Tensor, layers: Sequence[LinearParts], seeds: Sequence[int | None]) -> list[Tensor | None]:
+    """drop(x) A^T of each layer that has a LoRA."""
+    joined = _joined_a(layers)
+    if joined is not None:
+        parts = iter(torch.split(torch.mm(x, joined.t()), _ranks(layers), 1))
+        return [None if layer.lora_a is None else next(parts) for layer in layers]
+    return [
+        None if layer.lora_a is None else torch.mm(dropped(x, layer.dropout, seed), layer.lora_a.t())
+        for layer, seed in zip(layers, seeds, strict=True)
+    ]
+
+
+def _through_lora_a(
+    dhs: Sequence[Tensor | None],
+    x: Tensor,
+    layers: Sequence[LinearParts],
+    seeds: Sequence[int | None],
+    dx: Tensor | None,
+    needs_a: bool,
+) -> list[Tensor | None]:
+    """Adds dh A to dx; returns dA = dh^T drop(x) of each layer."""
+    das: list[Tensor | None] = [None] * len(layers)
+    joined = _joined_a(layers)
+    known = [dh for dh in dhs if dh is not None]
+    if joined is not None and len(known) == len(_ranks(layers)):
+        dh = torch.cat(known, 1)
+        if dx is not None:
+            dx.addmm_(dh, joined)
+        if needs_a:
+            parts = iter(torch.split(torch.mm(dh.t(), x), _ranks(layers)))
+            das = [None if layer.lora_a is None else next(parts) for layer in layers]
+        return das
+    for i, (one, layer, seed) in enumerate(zip(dhs, layers, seeds, strict=True)):
+        if one is None or layer.lora_a is None:
+            continue
+        if needs_a:
+            das[i] = torch.mm(one.t(), dropped(x, layer.dropout, seed))
+        if dx is not None and layer.dropout and seed is not None:
+            dx += torch.mm(one, layer.lora_a).mul_(_kept(x, layer.dropout, seed))
+        elif dx is not None:
+            dx.addmm_(one, layer.lora_a)
+    return das
+
+
+def _joined_a(layers: Sequence[LinearParts]) -> Tensor | None:
+    """The A matrices of the layers as one [sum of ranks, I]: one thin product instead of several. None where
+    there is none, or each has its own input by dropout."""
+    known = [layer.lora_a for layer in layers if layer.lora_a is not None]
+    if not known or any(layer.dropout for layer in layers):
+        return None
+    return known[0] if len(known) == 1 else torch.cat(known)
+
+
+def _ranks(layers: Sequence[LinearParts]) -> list[int]:
+    return [layer.lora_a.shape[0] for layer in layers if layer.lora_a is not None]
+
+
 def layers_of(tensors: Sequence[Any], numbers: Any, dtype: torch.dtype) -> list[LinearParts]:
-    """Layers from a flat list of their tensors, ready for `forward_one` and `backward_one`."""
+    """Layers from a flat list of their tensors, ready for `forward_all` and `backward_all`."""
     return [
         LinearParts(*tensors[4 * i : 4 * i + 4], *own).with_lora_in(dtype) for i, own in enumerate(numbers)
     ]
@@ -126,11 +182,7 @@ class _Linears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, numbers: Any, seeds: Any, *tensors: Any) -> Any:
         layers = layers_of(tensors, numbers, dtype)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        outputs, products = [], []
-        for layer, seed in zip(layers, seeds, strict=True):
-            y, h = forward_one(flat, layer, seed)
-            outputs.append(y)
-            products.append(h)
+        outputs, products = forward_all(flat, layers, seeds)
         ctx.save_for_backward(flat, *products, *(tensor for layer in layers for tensor in layer.tensors))
         ctx.numbers, ctx.seeds, ctx.x_shape, ctx.x_dtype = numbers, seeds, x.shape, x.dtype
         return tuple(outputs)
@@ -140,16 +192,12 @@ class _Linears(torch.autograd.Function):
         count = len(ctx.numbers)
         x, *rest = ctx.saved_tensors
         products, tensors = rest[:count], rest[count:]
-        needs = ctx.needs_input_grad
-        dx: Tensor | None = None
-        out: list[Tensor | None] = []
-        for i, (dy, layer) in enumerate(zip(grads, layers_of(tensors, ctx.numbers, x.dtype), strict=True)):
-            wanted = (needs[0], *needs[4 + 4 * i : 8 + 4 * i])
-            dx, own = backward_one(dy, x, products[i], layer, ctx.seeds[i], wanted, dx)
-            out += own
+        layers = layers_of(tensors, ctx.numbers, x.dtype)
+        needs = [ctx.needs_input_grad[4 + 4 * i : 8 + 4 * i] for i in range(count)]
+        dx, own = backward_all(grads, x, products, layers, ctx.seeds, ctx.needs_input_grad[0], needs)
         if dx is not None:
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
-        return dx, None, None, None, *out
+        return dx, None, None, None, *(grad for layer in own for grad in layer)
 
 
 # --- dropout: drawn again in the backward pass from a seed, not kept

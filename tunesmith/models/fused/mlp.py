@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from tunesmith.models.fused.linear import (
     LinearParts,
-    backward_one,
+    backward_all,
     draw_seeds,
-    forward_one,
+    forward_all,
     layers_of,
     pass_dtype,
 )
@@ -84,14 +84,11 @@ class _GatedMlp(torch.autograd.Function):
         seeds: Any,
         *tensors: Any,
     ) -> Tensor:
-        gate, up, down = layers = layers_of(tensors, numbers, dtype)
+        layers = layers_of(tensors, numbers, dtype)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        g, gate_h = forward_one(flat, gate, seeds[0])
-        u, up_h = forward_one(flat, up, seeds[1])
-        y, down_h = forward_one(activation.times(g, u), down, seeds[2])
-        ctx.save_for_backward(
-            flat, g, u, gate_h, up_h, down_h, *(t for layer in layers for t in layer.tensors)
-        )
+        (g, u), products = forward_all(flat, layers[:2], seeds[:2])
+        (y,), inner = forward_all(activation.times(g, u), layers[2:], seeds[2:])
+        ctx.save_for_backward(flat, g, u, *products, *inner, *(t for layer in layers for t in layer.tensors))
         ctx.activation, ctx.numbers, ctx.seeds = activation, numbers, seeds
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         return y.view(*x.shape[:-1], y.shape[-1])
@@ -99,23 +96,23 @@ class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         x, g, u, gate_h, up_h, down_h, *tensors = ctx.saved_tensors
-        gate, up, down = layers_of(tensors, ctx.numbers, x.dtype)
+        layers = layers_of(tensors, ctx.numbers, x.dtype)
         needs = [ctx.needs_input_grad[5 + 4 * i : 9 + 4 * i] for i in range(3)]
         needs_x = ctx.needs_input_grad[0]
         dy = grads[0].reshape(-1, grads[0].shape[-1])
         inner_needed = needs_x or any(needs[0]) or any(needs[1])
         product = ctx.activation.times(g, u) if needs[2][0] or needs[2][2] else g  # g: for its shape
-        dinner, down_grads = backward_one(
-            dy, product, down_h, down, ctx.seeds[2], (inner_needed, *needs[2]), None
+        dinner, down_grads = backward_all(
+            [dy], product, [down_h], layers[2:], ctx.seeds[2:], inner_needed, needs[2:]
         )
         dx: Tensor | None = None
-        gate_grads: list[Tensor | None] = [None] * 4
-        up_grads: list[Tensor | None] = [None] * 4
+        grads_of_inner: list[list[Tensor | None]] = [[None] * 4] * 2
         if dinner is not None:
             del product
-            dg, du = ctx.activation.times_backward_(dinner, g, u)
-            dx, up_grads = backward_one(du, x, up_h, up, ctx.seeds[1], (needs_x, *needs[1]), None)
-            dx, gate_grads = backward_one(dg, x, gate_h, gate, ctx.seeds[0], (needs_x, *needs[0]), dx)
+            douts = ctx.activation.times_backward_(dinner, g, u)
+            dx, grads_of_inner = backward_all(
+                douts, x, [gate_h, up_h], layers[:2], ctx.seeds[:2], needs_x, needs[:2]
+            )
         if dx is not None:
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
-        return dx, None, None, None, None, *gate_grads, *up_grads, *down_grads
+        return dx, None, None, None, None, *(g for layer in (*grads_of_inner, *down_grads) for g in layer)
