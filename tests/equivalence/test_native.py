@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from tests.equivalence.test_attention import TREE, outcome, plain, random_inputs, tiled, trees, whole_mask
+from tunesmith.models.fused.rotary import apply_rotary
 from tunesmith.models.layout import PackLayout
 from tunesmith.models.native import attention, build, elementwise
 
@@ -135,6 +136,31 @@ def test_rms_norm_and_its_gradient(shape):
     output, inverse = elementwise.rms_norm(x, weight, 1e-5)
     found = [output, elementwise.rms_norm_backward(upstream, x, weight, inverse)]
     assert_near([x.double() for x in found], [normed.detach(), gradient], 1)
+
+
+@needs_native
+@pytest.mark.parametrize(("heads", "size"), [(9, 64), (2, 128), (1, 32)])
+@pytest.mark.parametrize("dense", [True, False])
+def test_rotation_and_its_gradient(heads, size, dense):
+    generator = torch.Generator().manual_seed(0)
+    # As projections write it, [T, H, D], or a part of something wider.
+    wide = torch.randn(1, 21, heads + (not dense), size, generator=generator).to(torch.bfloat16)
+    x = wide[:, :, :heads].transpose(1, 2)
+    cos, sin = (torch.randn(1, 1, 21, size, generator=generator).to(torch.bfloat16) for _ in range(2))
+    upstream = torch.randn(x.shape, generator=generator).to(torch.bfloat16)
+    assert elementwise.serves_rotation(x, cos, sin)
+
+    def turned(x, cos, sin):
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat((-b, a), -1) * sin
+
+    exact = x.double().requires_grad_()
+    expected = turned(exact, cos.double(), sin.double())
+    (gradient,) = torch.autograd.grad(expected, exact, upstream.double())
+    ours = x.detach().requires_grad_()
+    output, _ = apply_rotary(ours, ours, cos[:, 0], sin[:, 0])
+    found = [output.detach(), *torch.autograd.grad(output, ours, upstream)]
+    assert_near([x.double() for x in found], [expected.detach(), gradient], 1)
 
 
 @needs_native

@@ -51,8 +51,8 @@ def apart(count, length):
     return [rng.integers(0, 90, length) for _ in range(count)]
 
 
-def test_rows_that_share_nothing_get_the_smallest_pass(model_folder, model):
-    assert planned(model_folder, model, apart(64, 300)).config.train.micro_batch_tokens == 1536
+def test_rows_that_share_nothing_get_a_pass_that_is_just_enough(model_folder, model):
+    assert planned(model_folder, model, apart(64, 300)).config.train.micro_batch_tokens == 2048
 
 
 def test_a_long_shared_prefix_gets_larger_passes(model_folder, model):
@@ -65,11 +65,13 @@ def test_a_row_longer_than_every_size_sets_the_size(model_folder, model):
     assert planned(model_folder, model, apart(4, 5000)).config.train.micro_batch_tokens == 5000
 
 
-def test_little_memory_means_small_passes(model_folder, model, monkeypatch):
+@pytest.mark.parametrize(("fitting", "chosen"), [(2100, 2048), (1600, 1536), (500, 1024)])
+def test_little_memory_means_small_passes(model_folder, model, monkeypatch, fitting, chosen):
     prefix = np.arange(900) % 90
     tokens = [np.concatenate([prefix, row]) for row in apart(64, 60)]
-    monkeypatch.setattr(passes, "free_memory_bytes", lambda: Need(model, torch.float32).of_pass(2100) / 0.8)
-    assert planned(model_folder, model, tokens).config.train.micro_batch_tokens == 2048
+    free = Need(model, torch.float32).of_pass(fitting) / 0.8
+    monkeypatch.setattr(passes, "free_memory_bytes", lambda: free)
+    assert planned(model_folder, model, tokens).config.train.micro_batch_tokens == chosen
 
 
 def test_what_the_config_says_or_the_run_had_is_kept(model_folder, model):
@@ -97,7 +99,7 @@ def test_the_choice_is_written_down_and_a_resumed_run_keeps_it(tmp_path, run_con
     tunesmith.sft(config, ["train.epochs=null", "train.max_steps=2", "checkpoint.every_steps=2"])
     written = yaml.safe_load((tmp_path / "runs" / "r" / "config.yaml").read_text())
     chosen = written["train"]["micro_batch_tokens"]
-    assert chosen == 1536
+    assert chosen == 2048
     monkeypatch.setattr(passes, "_choose_size", lambda *_: 9999)
     tunesmith.sft(config, ["train.epochs=null", "train.max_steps=4", "checkpoint.every_steps=2"])
     written = yaml.safe_load((tmp_path / "runs" / "r" / "config.yaml").read_text())

@@ -22,9 +22,10 @@ from tunesmith.packing.plan import RowSource, StepPlan, make_plan
 from tunesmith.packing.sharing import Sharing
 
 Say = Callable[[str], None]
-# Sizes to choose from. A CPU multiplies no faster above the smallest, an accelerator does; what larger passes
-# give a CPU is fewer copies of a shared prefix.
-_SIZES = {"cpu": (1536, 2048, 3072, 4096)}
+# Sizes to choose from. A CPU is hardly faster above _ENOUGH; what larger passes give it is fewer copies of a
+# shared prefix. An accelerator is.
+_SIZES = {"cpu": (1024, 1536, 2048, 3072, 4096)}
+_ENOUGH = 2048
 _ACCELERATOR_SIZES = (2048, 4096, 8192, 16384)
 _SAMPLE_STEPS = 16
 _FREE_SHARE = 0.8  # of the free memory that a pass may be estimated to take
@@ -109,15 +110,16 @@ def choose_recomputing(need: Need, config: Config) -> tuple[bool, str]:
 
 
 def _choose_size(need: Need, plan_of: Callable[[int], StepPlan], longest: int) -> int:
-    """Tokens of a pass: on an accelerator as many as fit; on a CPU the fewest with which shared prefixes are
-    computed about as rarely as with more."""
+    """Tokens of a pass: on an accelerator as many as fit; on a CPU, of those that are enough, the fewest with
+    which shared prefixes are computed about as rarely as with more."""
     kind = default_device().type
     sizes = [size for size in _SIZES.get(kind, _ACCELERATOR_SIZES) if size >= longest] or [longest]
     fitting = [size for size in sizes if need.fits(size)] or sizes[:1]
     if kind != "cpu":
         return fitting[-1]
-    computed = {size: _computed_tokens(plan_of(size)) for size in fitting}
-    return next(size for size in fitting if computed[size] <= 1.05 * min(computed.values()))
+    enough = [size for size in fitting if size >= _ENOUGH] or fitting[-1:]
+    computed = {size: _computed_tokens(plan_of(size)) for size in enough}
+    return next(size for size in enough if computed[size] <= 1.05 * min(computed.values()))
 
 
 def _computed_tokens(plan: StepPlan) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.models.native import elementwise as native
+
 
 def apply_rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
@@ -41,6 +43,8 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    if native.serves_rotation(x, cos, sin):
+        return native.rotate(x, cos, sin)
     width = cos.shape[-1]
     half = width // 2
     a, b = x[..., :half], x[..., half:width]

@@ -85,6 +85,27 @@ void tunesmith_rms_norm_backward(const BFloat* dy, const BFloat* x, const float*
   }
 }
 
+// x [tokens, heads, size] of any steps, with a dense last dimension of 32 n numbers; cos and sin [tokens, size]; halves a, b of each
+// head become a cos - b sin, b cos + a sin.
+void tunesmith_rotate(const BFloat* x, const BFloat* cos, const BFloat* sin, int64_t tokens, int64_t heads,
+                      int64_t size, int64_t token_step, int64_t head_step, int64_t out_token_step,
+                      int64_t out_head_step, int64_t threads, BFloat* out) {
+  const int64_t half = size / 2;
+#pragma omp parallel for num_threads(int(threads)) schedule(static)
+  for (int64_t token = 0; token < tokens; ++token) {
+    const BFloat *c = cos + token * size, *s = sin + token * size;
+    for (int64_t head = 0; head < heads; ++head) {
+      const BFloat* from = x + token * token_step + head * head_step;
+      BFloat* to = out + token * out_token_step + head * out_head_step;
+      for (int64_t i = 0; i < half; i += kLanes) {
+        const __m512 a = load(from + i), b = load(from + half + i);
+        store(to + i, _mm512_fnmadd_ps(b, load(s + i), _mm512_mul_ps(a, load(c + i))));
+        store(to + half + i, _mm512_fmadd_ps(a, load(s + half + i), _mm512_mul_ps(b, load(c + half + i))));
+      }
+    }
+  }
+}
+
 // Rows z [rows, size] become exp(z - their largest), which goes into largest [rows]; their sums into sums [rows].
 void tunesmith_exponentials(BFloat* z, int64_t rows, int64_t size, int64_t threads, float* largest, float* sums) {
 #pragma omp parallel for num_threads(int(threads)) schedule(static)

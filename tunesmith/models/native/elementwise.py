@@ -49,6 +49,29 @@ def rms_norm_backward(doutput: Tensor, x: Tensor, weight: Tensor, inverse: Tenso
     return dx
 
 
+def serves_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether `rotate` computes with these: x [1, H, T, D] with D a multiple of 32, angles for all of it."""
+    shape = (1, 1, x.shape[-2], x.shape[-1])
+    return (
+        x.dim() == 4
+        and x.shape[0] == 1
+        and x.dtype == torch.bfloat16
+        and x.stride(-1) == 1
+        and x.shape[-1] % 32 == 0
+        and cos.shape == sin.shape == shape
+        and serves(cos, sin)
+    )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [1, H, T, D] turned by cos and sin [1, 1, T, D]: halves (a, b) -> (a cos - b sin, b cos + a sin)."""
+    output = torch.empty_like(x)
+    heads, tokens, size = x.shape[1:]
+    steps = (x.stride(2), x.stride(1), output.stride(2), output.stride(1))
+    _call("rotate", x, cos, sin, tokens, heads, size, *steps, _threads(), output)
+    return output
+
+
 def exponentials_(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Writes exp(z - largest of the row) over logits [C, V]; returns the largest and the sums, [C, 1]
     float32."""
