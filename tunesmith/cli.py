@@ -145,6 +145,35 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     chat.set_defaults(run=_chat)
 
+    checkpoints = verbs.add_parser(
+        "checkpoints",
+        parents=[common],
+        help="list the checkpoints of a run",
+        description="List the checkpoints of a run folder.",
+    )
+    checkpoints.add_argument("run_folder", metavar="RUN", help="run folder")
+    checkpoints.add_argument(
+        "--verify", action="store_true", help="read all of them; exit code 1 if one is damaged"
+    )
+    checkpoints.add_argument("--json", action="store_true", help="print a JSON list instead")
+    checkpoints.set_defaults(run=_checkpoints)
+
+    verify_resume = verbs.add_parser(
+        "verify-resume",
+        parents=[common],
+        help="prove that a run goes on as if it had not stopped",
+        description="Run a short copy of a config straight, and stopped and resumed, in a temporary folder, "
+        "and compare every tensor and every line of metrics. Exit code 1 if one differs.",
+    )
+    _add_config(verify_resume)
+    verify_resume.add_argument(
+        "--at", type=int, default=3, metavar="STEP", help="stop when this step is saved (default 3)"
+    )
+    verify_resume.add_argument(
+        "--steps", type=int, metavar="N", help="length of the runs (default: twice --at)"
+    )
+    verify_resume.set_defaults(run=_verify_resume)
+
     demo = verbs.add_parser(
         "demo-model",
         parents=[common],
@@ -208,6 +237,23 @@ def _chat(options: argparse.Namespace) -> None:
     from tunesmith.inspect.chat import chat
 
     chat(options.model, system=options.system, max_new_tokens=options.max_new_tokens)
+
+
+def _checkpoints(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from tunesmith.inspect.checkpoints import checkpoints
+
+    checkpoints(options.run_folder, verify=options.verify, as_json=options.json)
+
+
+def _verify_resume(options: argparse.Namespace) -> None:
+    from tunesmith.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    _quiet_libraries()
+    from tunesmith.inspect.verify_resume import verify_resume
+
+    verify_resume(config, at=options.at, steps=options.steps)
 
 
 def _demo_model(options: argparse.Namespace) -> None:

@@ -274,7 +274,7 @@ def test_every_option_of_the_scripts_is_in_the_map_once(options: str) -> None:
 def test_every_key_that_the_docs_name_exists(name: str) -> None:
     sections = "|".join(Config.model_fields)
     named = set(re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_]+)(?![\w/(])", read(name)))
-    files = {key for key in named if key.endswith((".jsonl", ".json", ".py", ".md"))}
+    files = {key for key in named if key.endswith((".jsonl", ".json", ".py", ".md", ".safetensors"))}
     assert named
     assert named - files <= set(all_keys())
 

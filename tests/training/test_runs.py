@@ -81,8 +81,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(run_c
     run = tmp_path / "runs" / "r"
     assert "train.jsonl:" in str(error.value)
     bad = json.loads((run / "bad_step.json").read_text())
-    rows = [row for a_pass in bad["passes"] for row in a_pass["rows"]]
+    (step,) = bad["steps"]
+    rows = step["rows"]
     assert len(rows) == 4
+    assert {row["loss"] for row in rows} == {"nan"}
     assert all("<|im_start|>user" in row["text"] for row in rows)
     assert not (run / "checkpoints").exists()
 

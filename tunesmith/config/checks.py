@@ -48,7 +48,7 @@ OWNED_TRAINER_ARGS = {
     "dataloader_num_workers": "train.loader_workers",
     "logging_steps": "train.log_every_steps",
     "logging_strategy": "train.log_every_steps",
-    "logging_nan_inf_filter": "nothing: a loss that is not finite stops the run",
+    "logging_nan_inf_filter": "train.on_bad_step",
     "eval_strategy": "eval.every_steps",
     "eval_steps": "eval.every_steps",
     "eval_on_start": "eval.answer_rows (there is always an evaluation before training)",
@@ -67,6 +67,8 @@ OWNED_TRAINER_ARGS = {
     "prediction_loss_only": "nothing: evaluation computes the loss",
     "disable_tqdm": "nothing: tunesmith draws its own progress line",
     "label_smoothing_factor": "train.label_smoothing",
+    "deepspeed": "nothing: training with sharded state is not supported yet",
+    "fsdp": "nothing: training with sharded state is not supported yet",
     "use_liger_kernel": "nothing: it replaces the loss, whose masks and weights tunesmith owns",
 }
 

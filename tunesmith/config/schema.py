@@ -66,6 +66,9 @@ class RunConfig(Section):
     """`auto` goes on from the newest complete checkpoint of this run, or starts afresh when there is none;
     `never` refuses a run folder that already holds a run; a number names the step of the checkpoint to go
     on from."""
+    resume_anyway: bool = False
+    """Go on with other settings, data or tokenizer than the run began with. What differs is shown either way;
+    without this it is refused."""
 
 
 class ModelConfig(Section):
@@ -191,7 +194,7 @@ class DataConfig(Section):
     """`cached` tokenises once, in parallel, to memory-mapped files; `lazy` tokenises a row when it is
     fetched; `streaming` reads the files in order, never all of them (needs `train.max_steps`)."""
     shuffle_buffer: PositiveInt = 10_000
-    """Rows held for shuffling under `loading: streaming`."""
+    """Rows that are shuffled with one another under `loading: streaming`, and held in memory."""
     packing: Literal["tree", "flat", "none"] = "tree"
     """`tree` lays the examples of a micro-batch end to end in one forward pass, each seeing only itself, and
     computes once what several of them begin with (a system prompt, a document, the earlier turns of a chat);
@@ -244,6 +247,13 @@ class TrainConfig(Section):
     suggests 5)."""
     loader_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that fetch rows during training. 0 is best for cached data; lazy data may gain from more."""
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    """What to do about a step whose loss or gradient is not finite, or whose loss leaps up (`spike_factor`).
+    Its rows are listed in `bad_step.json`, and the weights never see it: `stop` ends the run, `skip` leaves
+    the step out, `rollback` goes back to the last checkpoint and leaves it out when it comes to it again."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A step is bad when its loss is more than this many times the median of the last 64 good steps. Default:
+    loss may do what it likes while it is finite."""
     log_every_steps: PositiveInt = 1
     """Steps between two lines of `metrics.jsonl`."""
     trainer_args: dict[str, JsonValue] = {}
@@ -274,7 +284,14 @@ class CheckpointConfig(Section):
     """Steps between checkpoints. Default: at the end of each epoch. There is always one when a signal ends
     the run."""
     keep: PositiveInt = 2
-    """Newest checkpoints kept. `best/` and `final/` are apart and never deleted."""
+    """Newest checkpoints kept, beside the one of the lowest eval loss. `best/` and `final/` are apart and
+    never deleted."""
+    asynchronous: bool = False
+    """Copy what a checkpoint holds to memory and write it while training goes on. It takes as much memory as
+    a checkpoint takes disk."""
+    on_save_error: Literal["warn", "stop"] = "warn"
+    """What to do when a checkpoint or `best/` cannot be written, as on a full disk: `warn` says so and goes
+    on to the next one, `stop` ends the run. The last complete checkpoint stays as it was."""
 
 
 class TrackingConfig(Section):

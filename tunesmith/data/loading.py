@@ -28,7 +28,7 @@ from tunesmith.data.prepare import PrepareOptions, Preparer
 from tunesmith.data.records import BadRow, RawRow
 from tunesmith.data.report import SourceReport
 from tunesmith.data.rows import CachedRows, LazyRows, Rows, StreamedRows
-from tunesmith.data.sources import fingerprint_files, is_hub_id, iter_rows, resolve_files
+from tunesmith.data.sources import fingerprint_files, is_hub_id, iter_rows, iter_rows_from, resolve_files
 from tunesmith.errors import DataError
 
 _SAMPLE_ROWS = 32  # looked at to find the format
@@ -277,10 +277,14 @@ def _load_lazy(sources: list[SourceConfig], config: Config, tokenizer: Any, say:
 
 def _load_streaming(sources: list[SourceConfig], config: Config, tokenizer: Any, say: Say) -> RowSet:
     opened = [open_source(source, config, say) for source in sources]
+    limit = config.data.max_row_bytes
     assert config.train.max_steps is not None  # the config's checks see to it
     num_rows = config.train.max_steps * config.train.batch_size
     rows = StreamedRows(
-        [(rows, Preparer(tokenizer, options)) for rows, options, _ in opened],
+        [
+            (partial(iter_rows_from, source, max_row_bytes=limit), Preparer(tokenizer, options))
+            for source, (_, options, _) in zip(sources, opened, strict=True)
+        ],
         length=num_rows,
         buffer=config.data.shuffle_buffer,
         seed=config.run.seed,

@@ -41,13 +41,15 @@ class PrepareOptions:
 @dataclass(frozen=True, slots=True)
 class PreparedRow:
     """What became of one row: its examples, or why it has none. `too_long` holds (tokens, targets) of each
-    example that `too_long: drop` left out."""
+    example that `too_long: drop` left out. `stream` says where a stream can be taken up to get at this row
+    (rows.py)."""
 
     place: str
     examples: tuple[Example, ...] = ()
     problem: BadRow | None = None
     too_long: tuple[tuple[int, int], ...] = ()
     notes: tuple[str, ...] = ()
+    stream: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ All three give the same thing, a `PreparedRow` an index; they differ in when a r
 
 from __future__ import annotations
 
-import random
+from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import islice
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tunesmith.data import cache
 from tunesmith.data.prepare import PreparedRow, Preparer
 from tunesmith.data.records import RawRow
+from tunesmith.data.sources import Position
 from tunesmith.errors import DataError
 
 
@@ -118,59 +119,118 @@ def _usable(outcome: PreparedRow, skip_bad_rows: bool) -> PreparedRow:
     return outcome
 
 
+# (position) -> rows from there on, each with the position behind it.
+RowsFrom = Callable[[Position], Iterator[tuple[Position, RawRow]]]
+
+
 class StreamedRows:
-    """Rows read in file order through a shuffle buffer, one of each source in turn while it has any, again
-    from the start when all are read. Item i can only be fetched going forward; rows passed over
-    are not tokenised."""
+    """Rows read in file order, one of each source in turn while it has any, again from the start when all are
+    read. They are shuffled in blocks of `buffer` rows, each by a permutation of its own, so that a block is
+    all that must be read to get at a row. Item i can only be fetched going forward, but for the block before;
+    rows that are not asked for are not tokenised."""
 
     def __init__(
         self,
-        sources: list[tuple[Callable[[], Iterator[RawRow]], Preparer]],
+        sources: list[tuple[RowsFrom, Preparer]],
         *,
         length: int,
         buffer: int,
         seed: int,
         skip_bad_rows: bool,
     ) -> None:
-        self._sources = sources
+        self._preparers = [preparer for _, preparer in sources]
+        self._sources = [rows for rows, _ in sources]
         self._length = length
         self._buffer = buffer
         self._seed = seed
         self._skip_bad_rows = skip_bad_rows
-        self._stream: Iterator[tuple[RawRow, Preparer]] | None = None
-        self._position = 0
+        self._start: dict[str, Any] | None = None
+        self._turns: _Turns | None = None
+        self._blocks: deque[_Block] = deque(maxlen=2)
 
     def __len__(self) -> int:
         return self._length
 
+    def start_at(self, place: dict[str, Any] | None) -> None:
+        """Begin to read where `PreparedRow.stream` of an earlier row says, instead of at the start. Items
+        before its block can no longer be fetched without reading from the start."""
+        self._start, self._turns = place, None
+        self._blocks.clear()
+
     def __getitem__(self, index: int) -> PreparedRow:
-        if self._stream is None or index < self._position:
-            self._stream, self._position = self._shuffled(), 0
-        row, preparer = next(islice(self._stream, index - self._position, None))
-        self._position = index + 1
-        (outcome,) = preparer.prepare([row])
-        return _usable(outcome, self._skip_bad_rows)
+        number, offset = divmod(index, self._buffer)
+        block = self._block(number)
+        source, row = block.rows[block.order[offset]]
+        (outcome,) = self._preparers[source].prepare([row])
+        return replace(_usable(outcome, self._skip_bad_rows), stream=block.place)
 
-    def _in_order(self) -> Iterator[tuple[RawRow, Preparer]]:
+    def _block(self, number: int) -> _Block:
+        for block in self._blocks:
+            if block.place["block"] == number:
+                return block
+        if self._turns is None or number < self._blocks[-1].place["block"]:
+            start = self._start if self._start is not None and self._start["block"] <= number else None
+            self._blocks.clear()
+            self._turns = _Turns(self._sources, start)
+            first = start["block"] if start is not None else 0
+        else:
+            first = self._blocks[-1].place["block"] + 1
+        for at in range(first, number + 1):
+            place = {"block": at, **self._turns.place()}
+            rows = [next(self._turns) for _ in range(self._buffer)]
+            order = np.random.default_rng([self._seed, at]).permutation(self._buffer)
+            self._blocks.append(_Block(place, rows, order))
+        return self._blocks[-1]
+
+
+@dataclass(frozen=True)
+class _Block:
+    place: dict[str, Any]
+    rows: list[tuple[int, RawRow]]
+    order: NDArray[np.int64]
+
+
+class _Turns:
+    """(source, row): one row of each source in turn, from `place` on or from the start."""
+
+    def __init__(self, sources: list[RowsFrom], place: dict[str, Any] | None) -> None:
+        self._sources = sources
+        self._streams: list[Iterator[tuple[Position, RawRow]] | None] = [None] * len(sources)
+        # Of each source where it is, or None when it has been read to its end.
+        self._positions: list[Position | None] = [(0, 0)] * len(sources)
+        self._turn = 0
+        if place is not None:
+            self._positions = [p if p is None else (p[0], p[1]) for p in place["positions"]]
+            self._turn = place["turn"]
+        self._has_rows = place is not None
+
+    def place(self) -> dict[str, Any]:
+        """What begins here again: file and row of each source, and whose turn it is."""
+        return {"positions": list(self._positions), "turn": self._turn}
+
+    def __next__(self) -> tuple[int, RawRow]:
         while True:
-            found = False
-            streams = [(rows(), preparer) for rows, preparer in self._sources]
-            while streams:
-                for stream in list(streams):
-                    row = next(stream[0], None)
-                    if row is None:
-                        streams.remove(stream)
-                    else:
-                        found = True
-                        yield row, stream[1]
-            if not found:
+            for _ in self._sources:
+                source, self._turn = self._turn, (self._turn + 1) % len(self._sources)
+                if (row := self._next_of(source)) is not None:
+                    self._has_rows = True
+                    return source, row
+            if not self._has_rows:
                 raise DataError("data.train: there is no row in it.")
+            self._has_rows = False
+            self._positions = [(0, 0)] * len(self._sources)
+            self._turn = 0
 
-    def _shuffled(self) -> Iterator[tuple[RawRow, Preparer]]:
-        rng = random.Random(self._seed)
-        source = self._in_order()
-        held = list(islice(source, self._buffer))
-        for row in source:
-            i = rng.randrange(len(held))
-            yield held[i]
-            held[i] = row
+    def _next_of(self, source: int) -> RawRow | None:
+        position = self._positions[source]
+        if position is None:
+            return None
+        stream = self._streams[source]
+        if stream is None:
+            stream = self._streams[source] = self._sources[source](position)
+        found = next(stream, None)
+        if found is None:
+            self._positions[source] = self._streams[source] = None
+            return None
+        self._positions[source], row = found
+        return row

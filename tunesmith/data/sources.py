@@ -121,18 +121,33 @@ def _nothing_found(path: str, given: Path, found: Sequence[Path]) -> str:
 # --- rows of a source
 
 
+# How far a source has been read: (files that are done with, rows read of the next one).
+Position = tuple[int, int]
+
+
 def iter_rows(source: SourceConfig, *, max_row_bytes: int) -> Iterator[RawRow]:
     """Every row of the source in order; bad rows come in their place with a BadRow as payload."""
+    return (row for _, row in iter_rows_from(source, (0, 0), max_row_bytes=max_row_bytes))
+
+
+def iter_rows_from(
+    source: SourceConfig, start: Position, *, max_row_bytes: int
+) -> Iterator[tuple[Position, RawRow]]:
+    """The rows after `start`, each with the position behind it. Files before it are not opened, rows before
+    it in its file are passed over as they lie there."""
+    done, passed = start
     if is_hub_id(source.path):
-        yield from _hub_rows(source.path)
+        for number, row in enumerate(_hub_rows(source.path, passed), start=passed + 1):
+            yield (0, number), row
         return
     list_columns = frozenset(source.columns)
-    for file in resolve_files(source.path):
+    for index, file in list(enumerate(resolve_files(source.path)))[done:]:
         num_rows = 0
         try:
             for row in _file_rows(file, max_row_bytes, list_columns):
-                yield row
                 num_rows += 1
+                if index > done or num_rows > passed:
+                    yield (index, num_rows), row
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(
                 f"{file}: cannot be read to its end, it is damaged, cut off or not readable: {error}. "
@@ -489,15 +504,16 @@ def _arrow_batches(file: Path, ending: str) -> Iterator[Any]:
                 yield batch.slice(start, 256)
 
 
-def _hub_rows(path: str) -> Iterator[RawRow]:
+def _hub_rows(path: str, start: int) -> Iterator[RawRow]:
     import datasets
 
     match = _HUB_ID.fullmatch(path)
     assert match, path
     name, split = match[1], match[2] or "train"
-    index = 0
+    index = start
     try:
-        for row in datasets.load_dataset(name, split=split, streaming=True):
+        rows = datasets.load_dataset(name, split=split, streaming=True)
+        for row in rows.skip(start) if start else rows:
             yield RawRow(f"{name}:{split}[{index}]", row)
             index += 1
     except (

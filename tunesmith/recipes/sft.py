@@ -13,6 +13,7 @@ from tunesmith.config import Config, load_config
 from tunesmith.data.loading import load_data
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.models.adapt import build_model
+from tunesmith.training.environment import inputs
 from tunesmith.training.objectives import next_token_loss
 from tunesmith.training.progress import Progress
 from tunesmith.training.run_folder import RunFolder
@@ -47,27 +48,28 @@ def sft(
     is_profiled, startup = startup is not None, startup or Startup()
     config = load_config(config, overrides or [])
     progress = Progress()
-    run = RunFolder(config)
-    start = run.find_start(config, progress.say)
-    startup.mark("config")
-    tokenizer = load_tokenizer(config)
-    startup.mark("tokenizer")
-    before = cached_names(config)
-    data = load_data(config, tokenizer, progress.say)
-    startup.mark(data_stage(config, before))
-    model = build_model(config, tokenizer, progress.say)
-    startup.mark("model load, adapter, fuse")
-    card = partial(model_card, config, data, model)
-    objective = partial(next_token_loss, label_smoothing=config.train.label_smoothing)
-    session = Session(
-        config, run, tokenizer, data, model, progress, objective=objective, card=card, startup=startup
-    )
-    if is_profiled:
-        report = StartupReport(startup, progress.console, run.path / "startup.json")
-        session.trainer.add_callback(report)
-    session.begin(start)
-    session.measure_untouched(start)
-    session.train(start)
-    session.measure_tuned()
-    summary = finish_run(session)
+    with RunFolder(config) as run:
+        start = run.find_start(config, progress.say)
+        startup.mark("config")
+        tokenizer = load_tokenizer(config)
+        startup.mark("tokenizer")
+        before = cached_names(config)
+        data = load_data(config, tokenizer, progress.say)
+        run.check_inputs(inputs(tokenizer, data), start, progress.say)
+        startup.mark(data_stage(config, before))
+        model = build_model(config, tokenizer, progress.say)
+        startup.mark("model load, adapter, fuse")
+        card = partial(model_card, config, data, model)
+        objective = partial(next_token_loss, label_smoothing=config.train.label_smoothing)
+        session = Session(
+            config, run, tokenizer, data, model, progress, objective=objective, card=card, startup=startup
+        )
+        if is_profiled:
+            report = StartupReport(startup, progress.console, run.path / "startup.json")
+            session.trainer.add_callback(report)
+        session.begin(start)
+        session.measure_untouched(start)
+        session.train(start)
+        session.measure_tuned()
+        summary = finish_run(session)
     return SftResult(run.path, run.final, run.best if run.best.is_dir() else None, summary)

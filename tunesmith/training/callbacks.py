@@ -5,6 +5,7 @@ Each callback does one thing and is handed what it needs; the trainer knows none
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import time
@@ -13,12 +14,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from tunesmith.models.cost import Cost
 from tunesmith.models.devices import peak_memory_gib
 
 Metrics = dict[str, Any]
+_ECHO_S = 2.0  # within which a rank takes a second signal for the first one again
 
 
 class Schedule(TrainerCallback):
@@ -48,11 +51,14 @@ class Schedule(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGINT and SIGTERM finish the step, save and end the run; a second one ends it at once."""
+    """SIGINT and SIGTERM finish the step (and an evaluation under way), save and end the run; a second one
+    ends it at once. Of several ranks it is enough that one is told."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], num_ranks: int) -> None:
         self.received: int | None = None
+        self._received_at_s = 0.0
         self._say = say
+        self._num_ranks = num_ranks
         self._before: dict[int, Any] = {}
 
     def install(self) -> None:
@@ -65,31 +71,64 @@ class StopOnSignal(TrainerCallback):
         self._before.clear()
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self.uninstall()  # so that a second signal does what it always did
-        self.received = number
+        if self.received is not None:
+            # Both the scheduler (or terminal) and the launcher of several ranks pass a signal on.
+            if time.monotonic() - self._received_at_s > _ECHO_S:
+                self.uninstall()
+                signal.raise_signal(number)
+            return
+        if self._num_ranks == 1:
+            self.uninstall()  # so that a second signal does what it always did, even where Python waits
+        self.received, self._received_at_s = number, time.monotonic()
         self._say(f"{signal.Signals(number).name}: finishing this step and saving; again to leave at once")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.received is not None:
+        number = self.received
+        if self._num_ranks > 1:  # or the ranks would stop at different steps, and wait for each other
+            agreed = torch.tensor(number or 0, device=args.device)
+            torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MAX)
+            number = int(agreed) or None
+            if number is not None and self.received is None:
+                self.received, self._received_at_s = number, time.monotonic()
+        if number is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._num_ranks == 1 and self.received is not None:
             control.should_save = control.should_training_stop = True
 
 
 class MetricsFile(TrainerCallback):
-    """Writes metrics.jsonl: one line a logged step, one an evaluation, and hands each to `listeners`."""
+    """Writes metrics.jsonl: one line a logged step, one an evaluation, one a step left out, and hands each
+    but the last kind to `listeners`. Lines that a full disk does not take are written when it does."""
 
     def __init__(
-        self, file: Path, cost: Cost, peak_flops: float, counts: Callable[[], Any], num_ranks: int
+        self,
+        file: Path,
+        cost: Cost,
+        peak_flops: float,
+        counts: Callable[[], Any],
+        num_ranks: int,
+        say: Callable[[str], None],
     ) -> None:
         self.file = file
         self.listeners: list[Callable[[Metrics], None]] = []
         self._cost = cost
         self._peak_flops = peak_flops * num_ranks
         self._counts = counts
+        self._say = say
         self._since_log: list[tuple[Any, float]] = []
+        self._unwritten = b""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         counts = self._counts()
         self._since_log.append((counts, time.perf_counter() - counts.started_at))
+        if counts.fault is not None:
+            self._say(f"warning: step {state.global_step} left out: {counts.fault}")
+            self._write(state, {"skipped": counts.fault})
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._since_log.clear()  # where a run goes back to a checkpoint, training begins again
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Metrics, **_: Any) -> None:
         if "loss" in logs:
@@ -100,12 +139,26 @@ class MetricsFile(TrainerCallback):
             line = {key: value for key, value in logs.items() if key.startswith("eval_")}
         else:
             return
-        line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)} | line
-        if state.is_world_process_zero:
-            with self.file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+        line = self._write(state, line)
         for listener in self.listeners:
             listener(line)
+
+    def _write(self, state: Any, content: Metrics) -> Metrics:
+        line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6)} | content
+        if state.is_world_process_zero:
+            self._unwritten += (json.dumps(line) + "\n").encode()
+            self._append()
+        return line
+
+    def _append(self) -> None:
+        try:
+            with self.file.open("ab", buffering=0) as stream:
+                while self._unwritten:
+                    self._unwritten = self._unwritten[stream.write(self._unwritten) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            # The file may end within a line, which the next write goes on with.
 
     def _speed(self) -> Metrics:
         """Counts since the last logged line, and rates by the time of the steps alone (no evaluation, no
@@ -145,19 +198,25 @@ class KeepBest(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Metrics, **_: Any) -> None:
         if not state.global_step:
             return  # the untouched model
-        losses = [
-            (line["eval_loss"], line["step"])
-            for line in state.log_history
-            if "eval_loss" in line and line["step"]
-        ]
-        best_loss, best_step = min(losses)
-        state.best_metric, state.best_global_step = best_loss, best_step
-        if best_step == state.global_step:
-            self._save(best_step, best_loss)
-        since_best = sum(step > best_step for _, step in losses)
-        if self._patience is not None and since_best >= self._patience:
+        state.best_metric, state.best_global_step = min(_eval_losses(state.log_history))
+        if state.best_global_step == state.global_step:
+            self._save(state.best_global_step, state.best_metric)
+        if self.is_over(state.log_history):
             self._say(
-                f"early stop at step {state.global_step}: no lower eval loss than {best_loss:.4f} "
-                f"(step {best_step}) in {since_best} evaluations"
+                f"early stop at step {state.global_step}: no lower eval loss than {state.best_metric:.4f} "
+                f"(step {state.best_global_step}) in {self._patience} evaluations"
             )
             control.should_training_stop = control.should_save = True
+
+    def is_over(self, log_history: list[Metrics]) -> bool:
+        """Whether a run with these evaluations has stopped early."""
+        losses = _eval_losses(log_history)
+        if self._patience is None or not losses:
+            return False
+        _, best_step = min(losses)
+        return sum(step > best_step for _, step in losses) >= self._patience
+
+
+def _eval_losses(log_history: list[Metrics]) -> list[tuple[float, int]]:
+    """(loss, step) of each evaluation but that of the untouched model."""
+    return [(line["eval_loss"], line["step"]) for line in log_history if "eval_loss" in line and line["step"]]

@@ -1,29 +1,45 @@
 """Checkpoints that are complete or absent.
 
     checkpoints/.step-000100.tmp/   being written; never looked at, removed at the next start
-    checkpoints/step-000100/        renamed into place after its manifest, which lists every file's size and
-    SHA-256
+    checkpoints/step-000100/        renamed into place when all of it is on disk and has been read back
 
-A kill at any instant leaves the newest complete checkpoint as it was.
+A kill at any instant leaves the newest complete checkpoint as it was. What a checkpoint holds:
+
+    adapter_model or model.safetensors, and its config   weights, as PEFT or transformers load them
+    optimizer, scheduler, scaler.safetensors             (the last one with float16 only)
+    rng-0.safetensors, rng-1.safetensors, ...            random generators of each rank
+    trainer_state.json, progress.json                    transformers' counters, and ours
+    manifest.json                                        see manifest.py
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
-import os
 import re
-import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import CheckpointError
+from tunesmith.models.save import WEIGHTS
+from tunesmith.training import durable_files
+from tunesmith.training.manifest import MANIFEST, find_damage, read_manifest, write_manifest
+from tunesmith.training.state_files import Files
 
-MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{6,})")
+OPTIMIZER = "optimizer.safetensors"
+SCHEDULER = "scheduler.safetensors"
+SCALER = "scaler.safetensors"
+TRAINER_STATE = "trainer_state.json"
+PROGRESS = "progress.json"
 # Without any one of these a run would go on with a fresh optimiser, schedule or dropout, and end elsewhere.
-_REQUIRED = ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state*.pth")
+_REQUIRED = (OPTIMIZER, SCHEDULER, TRAINER_STATE, PROGRESS)
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def random_state_file(rank: int) -> str:
+    return f"rng-{rank}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -33,6 +49,29 @@ class Checkpoint:
     folder: Path
     step: int
 
+    def facts(self) -> dict[str, Any]:
+        """Its manifest. Raises OSError or ValueError if that is damaged."""
+        return read_manifest(self.folder)
+
+    def log_history(self) -> list[dict[str, Any]]:
+        """The evaluations up to this step."""
+        return list(json.loads((self.folder / TRAINER_STATE).read_text(encoding="utf-8"))["log_history"])
+
+    def damage(self) -> str | None:
+        """What is wrong with it, or None. Reads all of it."""
+        if (problem := find_damage(self.folder)) is not None:
+            return problem
+        facts = self.facts()
+        if facts.get("step") != self.step:
+            return f"it is of step {facts.get('step')}, not {self.step}"
+        needed = [*_REQUIRED, *map(random_state_file, range(facts.get("ranks", 1)))]
+        for name in needed:
+            if name not in facts["files"]:
+                return f"it was saved without {name}"
+        if not any(name in facts["files"] for name in WEIGHTS):
+            return "it was saved without weights"
+        return None
+
 
 class Checkpoints:
     """The checkpoints of one run folder."""
@@ -41,59 +80,64 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def building(self, step: int) -> Path:
-        """Where the checkpoint of `step` is written before it is complete."""
-        return self.folder / f".step-{step:06d}.tmp"
+    def write(self, step: int, files: Files, facts: Mapping[str, Any], *, best: int | None) -> Checkpoint:
+        """Save a step; when what was written has been read back, delete what `keep` does not cover, but for
+        the step `best`.
 
-    def begin(self, step: int) -> Path:
-        """An empty folder to write the checkpoint of `step` in."""
-        folder = self.building(step)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        return folder
-
-    def commit(self, step: int, **facts: Any) -> Checkpoint:
-        """Make what was written complete: files to disk, manifest, rename; then delete what `keep` does not
-        cover."""
-        building, final = self.building(step), self.folder / f"step-{step:06d}"
-        files = {
-            str(file.relative_to(building)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-            for file in sorted(building.rglob("*"))
-            if file.is_file()
-        }
-        (building / MANIFEST).write_text(
-            json.dumps({"step": step, **facts, "files": files}, indent=2), encoding="utf-8"
-        )
-        for file in building.rglob("*"):
-            _sync(file)
-        _sync(building)
-        if final.exists():
-            shutil.rmtree(final)
-        building.rename(final)
-        _sync(self.folder)
-        for old in self.complete()[: -self.keep]:
-            shutil.rmtree(old.folder)
+        Raises OSError if it cannot be written whole. The checkpoints before it are then as they were."""
+        if not self.folder.exists():
+            durable_files.make_folder(self.folder)
+            durable_files.sync(self.folder.parent)
+        durable_files.refuse_full_disk(self.folder, sum(map(len, files.values())))
+        final = self.folder / f"step-{step:06d}"
+        building = durable_files.temporary(final)
+        durable_files.remove(building)
+        durable_files.make_folder(building)
+        try:
+            written = {
+                name: durable_files.write(
+                    building / name, [content] if isinstance(content, bytes) else content.chunks()
+                )
+                for name, content in files.items()
+            }
+            write_manifest(building, {"step": step, **facts}, written)
+            if (problem := find_damage(building)) is not None:
+                raise OSError(errno.EIO, f"what was written does not read back: {problem}", str(building))
+            durable_files.publish(final)
+        except OSError:
+            durable_files.remove(building)  # a full disk has no room for half a checkpoint
+            raise
+        self._delete_old(step, best)
         return Checkpoint(final, step)
+
+    def _delete_old(self, newest: int, best: int | None) -> None:
+        """Later steps are of a run that was taken back to an earlier one; they are given up once a step after
+        that is safe."""
+        complete = self.complete()
+        kept = [checkpoint.step for checkpoint in complete if checkpoint.step <= newest][-self.keep :]
+        for checkpoint in complete:
+            if checkpoint.step not in kept and checkpoint.step != best:
+                durable_files.discard(checkpoint.folder)
 
     def clean(self) -> None:
         """Remove what interrupted saves left behind."""
-        for leftover in self.folder.glob(".step-*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        durable_files.clean(self.folder)
+
+    def found(self) -> list[Checkpoint]:
+        """Every folder by the name of a checkpoint, oldest first, complete or not."""
+        folders = [(folder, _NAME.fullmatch(folder.name)) for folder in self.folder.glob("step-*")]
+        found = [Checkpoint(folder, int(match[1])) for folder, match in folders if match]
+        return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def complete(self) -> list[Checkpoint]:
         """Checkpoints that have a manifest, oldest first; their hashes are not looked at."""
-        found = [
-            Checkpoint(folder, int(match[1]))
-            for folder in self.folder.glob("step-*")
-            if (match := _NAME.fullmatch(folder.name)) and (folder / MANIFEST).is_file()
-        ]
-        return sorted(found, key=lambda checkpoint: checkpoint.step)
+        return [checkpoint for checkpoint in self.found() if (checkpoint.folder / MANIFEST).is_file()]
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is undamaged, and what is wrong with each newer one."""
         problems: list[str] = []
-        for checkpoint in reversed(self.complete()):
-            problem = find_damage(checkpoint.folder)
+        for checkpoint in reversed(self.found()):
+            problem = checkpoint.damage()
             if problem is None:
                 return checkpoint, problems
             problems.append(f"{checkpoint.folder}: {problem}")
@@ -103,51 +147,10 @@ class Checkpoints:
         """The checkpoint of this very step. Raises CheckpointError if it is not there or is damaged."""
         for checkpoint in self.complete():
             if checkpoint.step == step:
-                if (problem := find_damage(checkpoint.folder)) is not None:
+                if (problem := checkpoint.damage()) is not None:
                     raise CheckpointError(f"{checkpoint.folder}: {problem}")
                 return checkpoint
         steps = ", ".join(str(checkpoint.step) for checkpoint in self.complete()) or "none"
         raise CheckpointError(
             f"{self.folder}: no complete checkpoint of step {step}. Complete ones: {steps}."
         )
-
-
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file of the manifest is there, as long and as it
-    was."""
-    try:
-        files: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"its manifest cannot be read ({error})"
-    for pattern in _REQUIRED:
-        if not any(Path(name).match(pattern) for name in files):
-            return f"its manifest names no {pattern}"
-    for name, expected in files.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, expected {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
-            return f"{name} differs from what was saved (SHA-256)"
-    return None
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to disk. Folders cannot be opened on Windows; there the rename alone must do."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,46 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
 from tunesmith.config import Config, dump_config
 from tunesmith.data.loading import Data
-from tunesmith.errors import ConfigError
+from tunesmith.errors import CheckpointError, ConfigError
+from tunesmith.training import durable_files
 from tunesmith.training.checkpoints import Checkpoint, Checkpoints
+from tunesmith.training.environment import environment, versions
+from tunesmith.training.lock import Lock
 
 Say = Callable[[str], None]
-_PACKAGES = (
-    "tunesmith",
-    "torch",
-    "transformers",
-    "peft",
-    "datasets",
-    "accelerate",
-    "tokenizers",
-    "safetensors",
-)
+_BLOCK = 1 << 16  # bytes of metrics.jsonl looked at in one go
 
 # Settings that may change between a stop and going on: they change what is written, how long the run is, or
 # how the same result is computed, not what is trained up to here.
 FREE_TO_CHANGE = (
     "run.resume",
+    "run.resume_anyway",
     "run.output_dir",
     "checkpoint",
     "tracking",
     "eval",
     "train.epochs",
     "train.max_steps",
+    "train.on_bad_step",
+    "train.spike_factor",
     "train.log_every_steps",
     "train.loader_workers",
     "data.workers",
@@ -53,84 +43,158 @@ _CHOSEN = ("train.micro_batch_tokens",)
 
 
 class RunFolder:
-    """`output_dir/name` and the files in it."""
+    """`output_dir/name` and the files in it. As a context manager it gives up the lock that `find_start`
+    takes."""
 
     def __init__(self, config: Config) -> None:
         self.path = Path(config.run.output_dir) / (config.run.name or "run")
         self.metrics = self.path / "metrics.jsonl"
+        self.bad_steps = self.path / "bad_step.json"
         self.best = self.path / "best"
         self.final = self.path / "final"
         self.summary = self.path / "summary.json"
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.checkpoint.keep)
         # The size of passes that this run had before it was stopped.
         self.pass_tokens_before: int | None = None
+        # Fingerprints of what is trained on; known once it has been read.
+        self.inputs: dict[str, str] = {}
+        self._resume_anyway = config.run.resume_anyway
+        self._lock = Lock(self.path / "lock.json")
+        self._made: list[Path] = []  # folders that were not there, the innermost first
+        # Of many ranks the first one writes; torchrun says which that is.
+        self._is_main = int(os.environ.get("RANK", "0")) == 0
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+        for folder in self._made:  # the run came to nothing
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def find_start(self, config: Config, say: Say) -> Checkpoint | None:
-        """The checkpoint to go on from, or None to start afresh, by `run.resume`.
+        """The checkpoint to go on from, or None to start afresh, by `run.resume`. The folder is this
+        process's from here on.
 
-        Raises ConfigError if the folder holds something that this run may not go on in, CheckpointError if
-        the checkpoint asked for is damaged."""
+        Raises ConfigError if the folder holds something that this run may not go on in or another process is
+        at work in it, CheckpointError if the checkpoint asked for, or every one there is, is damaged."""
         resume = config.run.resume
-        config_file = self.path / "config.yaml"
-        if not self.path.exists() or not any(self.path.iterdir()):
-            if isinstance(resume, int):
-                raise ConfigError(f"run.resume={resume}: there is no run in {self.path}.")
-            return None
-        if resume == "never":
+        holds_something = self._holds_something()
+        if holds_something and resume == "never":
             raise ConfigError(
                 f"run.resume=never, but {self.path} already holds something. "
                 "Choose another run.name, or remove it."
             )
-        if not config_file.is_file():
+        is_run = (self.path / "config.yaml").is_file() or self._lock.file.exists()
+        if holds_something and not is_run:
             raise ConfigError(
                 f"{self.path} is not empty and is no run (it has no config.yaml). "
                 "Choose another run.name or output_dir."
             )
-        before = _flat(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
-        self._refuse_other_config(config, before)
-        self.pass_tokens_before = before.get("train.micro_batch_tokens")
-        self.checkpoints.clean()
+        if isinstance(resume, int) and not holds_something:
+            raise ConfigError(f"run.resume={resume}: there is no run in {self.path}.")
+        if self._is_main:
+            self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            durable_files.clean(self.path)
+            self.checkpoints.clean()
         if isinstance(resume, int):
-            return self.checkpoints.at(resume)
+            start: Checkpoint | None = self.checkpoints.at(resume)
+        else:
+            start = self._newest(say)
+        if start is None:
+            self._refuse_to_overwrite()
+        else:
+            self._compare_with(start, config, say)
+        return start
+
+    def check_inputs(self, inputs: dict[str, str], start: Checkpoint | None, say: Say) -> None:
+        """Take note of what is trained on. Raises ConfigError if it is not what it was, as `find_start` does
+        for settings."""
+        self.inputs = inputs
+        if start is not None:
+            self._refuse_changes("data or tokenizer", start.facts()["inputs"], inputs, say)
+
+    def begin(self, config: Config, start: Checkpoint | None, data: Data) -> None:
+        """Write config.yaml, environment.json and data_report.json; remove what steps after the start had
+        left."""
+        durable_files.replace_file(self.path / "config.yaml", dump_config(config).encode())
+        write_json(self.path / "environment.json", environment() | {"inputs": self.inputs})
+        write_json(self.path / "data_report.json", data.report())
+        self.summary.unlink(missing_ok=True)
+        if start is None:
+            durable_files.remove(self.best)
+            self.bad_steps.unlink(missing_ok=True)
+        self.cut_metrics(start.step if start else -1)
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop lines of steps that will be trained again."""
+        _keep_lines_until(self.metrics, step)
+
+    def _holds_something(self) -> bool:
+        own = {self._lock.file.name, durable_files.temporary(self._lock.file).name}
+        return self.path.exists() and any(item.name not in own for item in self.path.iterdir())
+
+    def _newest(self, say: Say) -> Checkpoint | None:
         newest, damaged = self.checkpoints.newest()
+        if damaged and newest is None:
+            raise CheckpointError(
+                "no checkpoint of this run is undamaged:\n  "
+                + "\n  ".join(damaged)
+                + f"\nTo start afresh, remove {self.path}, or choose another run.name."
+            )
         for problem in damaged:
             say(f"warning: damaged checkpoint passed over: {problem}")
         return newest
 
-    def _refuse_other_config(self, config: Config, before: dict[str, Any]) -> None:
-        now = _flat(config.model_dump(mode="json"))
-        changed = [
-            f"  {key}: {before.get(key)!r} -> {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-            and not (key in _CHOSEN and now.get(key) is None)
-            and not any(key == k or key.startswith(k + ".") for k in FREE_TO_CHANGE)
-        ]
-        if changed:
+    def _refuse_to_overwrite(self) -> None:
+        if self.final.exists():
             raise ConfigError(
-                f"{self.path} holds a run with other settings, so going on would give neither run:\n"
-                + "\n".join(changed)
-                + "\nChoose another run.name, or set these back."
+                f"{self.path} holds a run that has ended, and no checkpoint to go on from. Choose another "
+                "run.name, or remove it."
             )
 
-    def begin(self, config: Config, start: Checkpoint | None, *, template: str | None, data: Data) -> None:
-        """Create the folder, write config.yaml, environment.json and data_report.json, cut metrics.jsonl back
-        to the start."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        reports = [*data.train.reports, *(data.valid.reports if data.valid else ())]
-        inputs = {
-            "chat_template_sha256": hashlib.sha256((template or "").encode()).hexdigest(),
-            "data": {report.path: report.fingerprint for report in reports},
-        }
-        write_json(self.path / "environment.json", environment() | inputs)
-        write_json(self.path / "data_report.json", data.report())
-        self.summary.unlink(missing_ok=True)
-        _keep_metrics_until(self.metrics, start.step if start else -1)
+    def _compare_with(self, start: Checkpoint, config: Config, say: Say) -> None:
+        facts = start.facts()
+        before, now = _flat(facts["config"]), _flat(config.model_dump(mode="json"))
+        compared = [
+            key
+            for key in before.keys() | now.keys()
+            if not (key in _CHOSEN and now.get(key) is None)
+            and not any(key == k or key.startswith(k + ".") for k in FREE_TO_CHANGE)
+        ]
+        old, new = ({key: part.get(key) for key in compared} for part in (before, now))
+        self._refuse_changes("settings", old, new, say)
+        if old == new:
+            self.pass_tokens_before = before.get("train.micro_batch_tokens")
+        for package, version in versions().items():
+            if (then := facts["versions"].get(package)) != version:
+                say(
+                    f"warning: {package} was {then} when step {start.step} was saved and is {version} now; "
+                    "the result may not be the same to the last bit"
+                )
+
+    def _refuse_changes(self, what: str, before: dict[str, Any], now: dict[str, Any], say: Say) -> None:
+        changes = [
+            f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if changes and not self._resume_anyway:
+            raise ConfigError(
+                f"{self.path} holds a run with other {what}, so going on would give neither run:\n  "
+                + "\n  ".join(changes)
+                + "\nChoose another run.name, set these back, or go on all the same: run.resume_anyway=true."
+            )
+        for change in changes:
+            say(f"warning: going on with other {what}: {change}")
 
 
 def write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Replace a file by this content as JSON."""
+    durable_files.replace_file(file, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -144,50 +208,36 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _keep_metrics_until(file: Path, step: int) -> None:
-    """Drop lines of steps that will be trained again."""
-    kept = [line for line in read_metrics(file) if line["step"] <= step]
-    file.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+def _keep_lines_until(file: Path, step: int) -> None:
+    """Cut metrics.jsonl behind the last line of a step up to this one. Looks at its end alone, so that it
+    takes no longer for a long run."""
+    if not file.is_file():
+        return
+    with file.open("r+b") as stream:
+        at, open_line = stream.seek(0, os.SEEK_END), b""
+        while at:
+            size = min(_BLOCK, at)
+            at -= size
+            stream.seek(at)
+            block = stream.read(size) + open_line
+            # A block begins somewhere within a line, but for the first one.
+            first = 0 if at == 0 else (block.find(b"\n") + 1 or len(block))
+            end = at + len(block)
+            for line in reversed(block[first:].splitlines(keepends=True)):
+                if _is_line_until(line, step):
+                    stream.truncate(end)
+                    return
+                end -= len(line)
+            open_line = block[:first]
+        stream.truncate(0)
 
 
-def environment() -> dict[str, Any]:
-    """Versions, hardware and code state that a result depends on."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "packages": versions,
-        "git": _git_state(),
-    }
-
-
-def _processor() -> str:
+def _is_line_until(line: bytes, step: int) -> bool:
+    """Whether it is whole (a kill may have cut it short) and of a step up to this one."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Commit and uncommitted changes of the folder the run was started in; None outside a repository."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        status = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if commit.returncode:
-        return None
-    return {"commit": commit.stdout.strip(), "uncommitted": status.stdout.splitlines()}
+        return line.endswith(b"\n") and bool(json.loads(line)["step"] <= step)
+    except ValueError:
+        return False
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

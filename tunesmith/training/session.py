@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,25 @@ from transformers import PrinterCallback, TrainerCallback
 
 from tunesmith.config import Config
 from tunesmith.data.loading import Data
-from tunesmith.errors import Interrupted
+from tunesmith.errors import CheckpointError, Interrupted
 from tunesmith.models.adapt import count_parameters
 from tunesmith.models.cost import enable_gradient_checkpointing, training_cost
 from tunesmith.models.devices import compute_dtype, matmul_flops_per_second
-from tunesmith.models.save import save_artifact
+from tunesmith.models.save import write_artifact
 from tunesmith.packing.collate import collate_flat, collate_tree
+from tunesmith.training import durable_files
 from tunesmith.training.answers import Question, answer, questions, stop_ids
 from tunesmith.training.arguments import training_arguments
+from tunesmith.training.bad_step import RollBack, StepGuard
 from tunesmith.training.callbacks import KeepBest, MetricsFile, Schedule, StopOnSignal
 from tunesmith.training.checkpoints import Checkpoint
+from tunesmith.training.disk import checkpoint_bytes, refuse_small_disk, weights_bytes
+from tunesmith.training.environment import versions
+from tunesmith.training.manifest import seal
 from tunesmith.training.passes import plan_passes
 from tunesmith.training.progress import Progress, ProgressLine
 from tunesmith.training.run_folder import RunFolder, write_json
+from tunesmith.training.saving import Saver
 from tunesmith.training.startup import Startup
 from tunesmith.training.trackers import trackers
 from tunesmith.training.trainer import Objective, PackTrainer
@@ -62,8 +69,18 @@ class Session:
         if passes.recomputes:
             enable_gradient_checkpointing(model)
         arguments = training_arguments(config, self.plan, run.path, dtype=self.dtype)
-        self._signals = StopOnSignal(progress.say)
+        self._signals = StopOnSignal(progress.say, arguments.world_size)
         self._line = ProgressLine(progress.console)
+        saver = Saver(
+            run.checkpoints,
+            run.metrics,
+            asynchronous=config.checkpoint.asynchronous,
+            on_error=config.checkpoint.on_save_error,
+            say=progress.say,
+        )
+        guard = StepGuard(
+            run.bad_steps, on_bad=config.train.on_bad_step, spike_factor=config.train.spike_factor
+        )
         self.trainer = PackTrainer(
             model=model,
             args=arguments,
@@ -74,7 +91,13 @@ class Session:
             train_rows=data.train,
             valid_rows=data.valid,
             valid_batch_tokens=config.eval.batch_tokens or 0,
-            checkpoints=run.checkpoints,
+            saver=saver,
+            guard=guard,
+            facts={
+                "config": config.model_dump(mode="json"),
+                "inputs": run.inputs,
+                "versions": versions(),
+            },
             lora_plus_ratio=config.adapter.lora_plus_ratio,
             callbacks=[self._line],
         )
@@ -89,10 +112,12 @@ class Session:
         return bool(self.trainer.args.process_index == 0)
 
     def begin(self, start: Checkpoint | None) -> None:
-        """Write what stands before the first step: config, environment, data report."""
+        """Write what stands before the first step: config, environment, data report. Raises ConfigError if
+        the disk is too small for the run."""
         self.trainer.accelerator.wait_for_everyone()
         if self.is_main:
-            self.run.begin(self.config, start, template=self.tokenizer.chat_template, data=self.data)
+            self._check_disk()
+            self.run.begin(self.config, start, self.data)
 
     def measure_untouched(self, start: Checkpoint | None) -> None:
         """Evaluate and question the model as it came. A run that goes on has done so already."""
@@ -107,11 +132,14 @@ class Session:
             self._startup.mark("answers before training")
 
     def train(self, start: Checkpoint | None) -> None:
-        """Train to the end. Raises Interrupted after a signal, when the checkpoint it asked for is
-        complete."""
+        """Train to the end. Raises Interrupted after a signal, when the checkpoint it asked for is complete
+        or has failed."""
         self._signals.install()
         try:
-            self.trainer.train_from(start)
+            self._train(start)
+        except Exception:
+            self.trainer.saver.finish()  # but a second signal leaves at once
+            raise
         finally:
             self._line.close()
             self._signals.uninstall()
@@ -119,12 +147,40 @@ class Session:
             self.data.train.reports[:] = [self.trainer.rows_report]
             write_json(self.run.path / "data_report.json", self.data.report())
         if self._signals.received is not None and not self.trainer.is_done:
-            step = self.trainer.state.global_step
+            state, saved = self.trainer.state, self.trainer.saver.last_step
             raise Interrupted(
-                f"stopped at step {step} of {self.trainer.state.max_steps}, saved in "
-                f"{self.run.checkpoints.folder}. The same command goes on from there.",
+                f"stopped at step {state.global_step} of {state.max_steps}, "
+                + (
+                    f"saved in {self.run.checkpoints.folder}. The same command goes on from there."
+                    if saved == state.global_step or not self.is_main
+                    else "which could not be saved. The same command goes on from the last checkpoint."
+                ),
                 self._signals.received,
             )
+
+    def _train(self, start: Checkpoint | None) -> None:
+        if start is not None and self._best.is_over(start.log_history()):
+            self.trainer.args.max_steps = start.step  # it had stopped early, and was not to go on
+        while True:
+            try:
+                self.trainer.train_from(start)
+            except RollBack as back:
+                start = self._go_back(back)
+            else:
+                self.trainer.saver.finish()
+                return
+
+    def _go_back(self, back: RollBack) -> Checkpoint:
+        """To the last checkpoint that is undamaged."""
+        self._line.close()
+        self.trainer.accelerator.wait_for_everyone()
+        newest, damaged = self.run.checkpoints.newest()
+        if newest is None:
+            raise CheckpointError(f"{back}; there is no checkpoint to go back to: {'; '.join(damaged)}")
+        self.progress.say(f"warning: {back}; back to step {newest.step}")
+        if self.is_main:
+            self.run.cut_metrics(newest.step)
+        return newest
 
     def measure_tuned(self) -> None:
         """Question the tuned model."""
@@ -132,16 +188,28 @@ class Session:
             self._write_answers("after", self.answers())
 
     def save(self, folder: Path, metrics: dict[str, Any]) -> None:
-        """Write the model or adapter as it is now."""
-        if self.is_main:
-            save_artifact(
-                folder,
+        """Write the model or adapter as it is now, such that the folder is whole whenever it is there. Raises
+        OSError if it cannot be; the one that is there is then as it was."""
+        if not self.is_main:
+            return
+        step = self.trainer.state.global_step
+        building = durable_files.temporary(folder)
+        durable_files.remove(building)
+        durable_files.make_folder(building)
+        try:
+            write_artifact(
+                building,
                 self.trainer.accelerator.unwrap_model(self.trainer.model),
                 self.tokenizer,
                 dtype=self.dtype,
                 stop_ids=self.stop_ids,
-                readme=self._card(self.trainer.state.global_step, metrics),
+                readme=self._card(step, metrics),
             )
+            seal(building, {"step": step, "versions": versions()})
+        except OSError:
+            durable_files.remove(building)
+            raise
+        durable_files.publish(folder)
 
     def answers(self) -> list[str]:
         """Greedy answers of the model as it is now to the questions asked."""
@@ -185,11 +253,12 @@ class Session:
             peak_flops,
             lambda: self.trainer.step_counts,
             arguments.world_size,
+            self.progress.say,
         )
         metrics.listeners.append(self._line.show)
-        best = KeepBest(self._save_best, config.eval.early_stopping_patience, self.progress.say)
+        self._best = KeepBest(self._save_best, config.eval.early_stopping_patience, self.progress.say)
         followers = trackers(config, self.run.path, self.progress.say) if self.is_main else []
-        return [schedule, metrics, best, self._signals, *followers]
+        return [schedule, metrics, self._best, self._signals, *followers]
 
     def _questions(self) -> list[Question]:
         if self.data.valid is None or not self.config.eval.answer_rows:
@@ -197,7 +266,25 @@ class Session:
         return questions(self.data.valid, self.config.eval.answer_rows, self.tokenizer, self.stop_ids)
 
     def _save_best(self, step: int, eval_loss: float) -> None:
-        self.save(self.run.best, {"step": step, "eval_loss": eval_loss})
+        try:
+            self.save(self.run.best, {"step": step, "eval_loss": eval_loss})
+        except OSError as error:
+            self.trainer.saver.tolerate(f"{self.run.best} of step {step}", error)
+
+    def _check_disk(self) -> None:
+        model, steps = self.trainer.model, self.trainer.args.max_steps
+        every = self.config.checkpoint.every_steps or self.plan.steps_per_epoch
+        size = checkpoint_bytes(model, self.config.train.optimizer)
+        refuse_small_disk(
+            self.config,
+            self.run.path,
+            weights=weights_bytes(model),
+            checkpoint=size,
+            num_saves=math.ceil(steps / every),
+            evaluates=self.data.valid is not None,
+        )
+        free = durable_files.in_words(durable_files.free_bytes(self.run.path))
+        self.progress.say(f"a checkpoint takes {durable_files.in_words(size)} of disk; {free} are free")
 
     def _tell(self, model: Any, checkpointing: str) -> None:
         trained, total = count_parameters(model)

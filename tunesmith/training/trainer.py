@@ -5,32 +5,48 @@ What differs from transformers' own Trainer, and why:
     loss         sum over targets, divided by the target weight of the whole step over passes and ranks
     data         passes come from the step plan, not from a sampler over equal batches
     evaluation   token-weighted, by the same passes, and without touching the random state of training
-    checkpoints  complete or absent (checkpoints.py)
-    bad numbers  the first loss or gradient that is not finite ends the run, before the weights see it
+    checkpoints  complete or absent (checkpoints.py), without pickles, and no part of one may be missing
+    bad numbers  a loss or gradient that is not finite never reaches the weights (bad_step.py)
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
+import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerState, set_seed
+from transformers.integrations import deactivate_neftune
 
 from tunesmith.data.loading import RowSet
 from tunesmith.data.report import SourceReport
-from tunesmith.data.rows import CachedRows
-from tunesmith.models.save import save_weights
+from tunesmith.data.rows import CachedRows, StreamedRows
+from tunesmith.errors import CheckpointError
+from tunesmith.models.save import checkpoint_weights, load_checkpoint_weights
 from tunesmith.packing.loader import PlanSampler, plan_loader
 from tunesmith.packing.plan import StepPlan, fill_passes
-from tunesmith.training.bad_step import write_bad_step
-from tunesmith.training.checkpoints import Checkpoint, Checkpoints
+from tunesmith.training.bad_step import RollBack, StepGuard
+from tunesmith.training.checkpoints import (
+    OPTIMIZER,
+    PROGRESS,
+    SCALER,
+    SCHEDULER,
+    TRAINER_STATE,
+    Checkpoint,
+    random_state_file,
+)
+from tunesmith.training.random_state import random_state, restore_random_state
+from tunesmith.training.saving import Saver
+from tunesmith.training.state_files import Files, read_state, state_file, weights_file
 
 Pack = dict[str, Any]
 # (model, pack) -> sum over the pack's targets of weight * loss, a float32 scalar.
@@ -39,21 +55,24 @@ Objective = Callable[[Any, Pack], Tensor]
 
 @dataclasses.dataclass
 class StepCounts:
-    """What one optimiser step held, over all ranks, and when its first pass was fetched."""
+    """What one optimiser step held, over all ranks, when its first pass was fetched, and why it was left out,
+    if it was."""
 
     rows: int = 0
     tokens: int = 0
     targets: int = 0
     computed_tokens: int = 0  # what the model ran over: a prefix that rows share counts once a pass
     started_at: float = 0.0
+    fault: str | None = None
 
 
 class PackTrainer(Trainer):
     """Trains `model` on `train_rows` in the order of `plan`, to lower `objective`; evaluates on `valid_rows`
     if there are any. `collate` makes a pack of rows; `decode` turns token ids into text, for the report of a
-    bad step."""
+    bad step. `facts` are written into the manifest of each checkpoint."""
 
-    optimizer: Any  # transformers declares it without a type
+    optimizer: Any  # transformers declares these without a type
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -67,7 +86,9 @@ class PackTrainer(Trainer):
         train_rows: RowSet,
         valid_rows: RowSet | None,
         valid_batch_tokens: int,
-        checkpoints: Checkpoints,
+        saver: Saver,
+        guard: StepGuard,
+        facts: Mapping[str, Any],
         lora_plus_ratio: float = 1.0,
         callbacks: Sequence[Any] = (),
     ) -> None:
@@ -78,7 +99,9 @@ class PackTrainer(Trainer):
         self.train_rows = train_rows
         self.valid_rows = valid_rows
         self.valid_batch_tokens = valid_batch_tokens
-        self.checkpoints = checkpoints
+        self.saver = saver
+        self.guard = guard
+        self.facts = facts
         self.lora_plus_ratio = lora_plus_ratio
         self.step_counts = StepCounts()
         # What became of each row when it was fetched; the account of lazy and streamed rows.
@@ -90,6 +113,8 @@ class PackTrainer(Trainer):
         self._resume_step = 0
         self._step_packs: list[Pack] = []
         self._step_losses: list[Tensor] = []
+        self._stream: dict[str, Any] | None = None  # where a stream can be taken up at this step
+        self._loss_before = torch.zeros(())  # of the steps since the last logged line, without this one
         super().__init__(
             model=model,
             args=args,
@@ -121,8 +146,18 @@ class PackTrainer(Trainer):
         return loader
 
     def train_from(self, checkpoint: Checkpoint | None) -> Any:
-        """Train to the end, from a checkpoint or from the start."""
+        """Train to the end, from a checkpoint or from the start. May be called again after RollBack."""
+        if checkpoint is not None and checkpoint.step >= self.args.max_steps:
+            # The end. transformers would train a step before it looks at their number.
+            self._load_from_checkpoint(str(checkpoint.folder))
+            self.state = TrainerState.load_from_json(str(checkpoint.folder / TRAINER_STATE))
+            self.state.max_steps = checkpoint.step
+            return None
         self._resume_step = checkpoint.step if checkpoint else 0
+        if self.optimizer is not None:
+            self.optimizer = self.lr_scheduler = None  # made anew, and filled from the checkpoint
+            if self.neftune_noise_alpha is not None:
+                deactivate_neftune(self.model, self.neftune_hook_handle, self.accelerator)
         # What has been imported and built stays: looking through it for garbage again and again took 2 to 5 %
         # of a step.
         gc.collect()
@@ -132,6 +167,7 @@ class PackTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Pack], Tensor]:
+        self.saver.poll()
         started_at = time.perf_counter()
         packs = [next(epoch_iterator) for _ in range(num_batches)]
         counts = torch.tensor(
@@ -150,10 +186,11 @@ class PackTrainer(Trainer):
         rows, tokens, targets, computed = map(int, counts[1:])
         self.step_counts = StepCounts(rows, tokens, targets, computed, started_at)
         self._step_packs, self._step_losses = packs, []
+        self._loss_before = self._tr_loss.clone()
         if not isinstance(self.train_rows.rows, CachedRows):  # those were counted when they were prepared
-            for pack in packs:
-                for row in pack["rows"]:
-                    self.rows_report.add(row)
+            for row in (row for pack in packs for row in pack["rows"]):
+                self.rows_report.add(row)
+                self._stream = row.stream or self._stream
         return packs, counts[0].float()
 
     # --- loss
@@ -198,23 +235,80 @@ class PackTrainer(Trainer):
             )
         return self.optimizer
 
+    # --- bad numbers
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called once a step, when gradients are whole and weights untouched: the place to stop a bad
-        step."""
+        """Called once a step, when gradients are whole and weights untouched: the place to judge a step."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        loss = torch.stack(self._step_losses).sum()
+        step, total = self.state.global_step + 1, torch.stack(self._step_losses).sum()
+        if self.args.world_size > 1:  # every rank must come to the same judgement
+            total = self.accelerator.reduce(total, reduction="sum") / self.args.world_size
+        loss = float(total)
         # A GradScaler (float16) meets infinite gradients in its normal course, and skips such steps itself.
-        norm_is_finite = norm is None or self.args.fp16 or bool(torch.isfinite(torch.as_tensor(norm)))
-        if not (norm_is_finite and bool(torch.isfinite(loss))):
-            raise write_bad_step(
-                self.checkpoints.folder.parent / "bad_step.json",
-                step=self.state.global_step + 1,
-                packs=self._step_packs,
-                losses=[float(value) for value in self._step_losses],
-                grad_norm=None if norm is None else float(norm),
-                decode=self.decode,
-            )
-        return norm
+        judged_norm = None if norm is None or self.args.fp16 else float(norm)
+        if step in self.guard.skipped:
+            self._leave_out(self.guard.skipped[step])
+        elif fault := self.guard.fault(loss, judged_norm):
+            self._meet_bad_step(step, fault, loss, None if norm is None else float(norm))
+        else:
+            self.guard.passed(loss)
+            return norm
+        return None  # no figure of a step that does not count
+
+    def _meet_bad_step(self, step: int, fault: str, loss: float, grad_norm: float | None) -> None:
+        """Write it down and do what `train.on_bad_step` says."""
+        rows = gather_object(self._rows_of_step())
+        if self.args.should_save:
+            try:
+                self.guard.record(step, fault, loss, grad_norm, rows)
+            except OSError as error:
+                self.saver.tolerate(str(self.guard.file), error)
+        if self.guard.on_bad == "stop":
+            raise self.guard.error(step, fault, rows)
+        self.guard.leave_out(step, fault)
+        if self.guard.on_bad == "rollback":
+            self.saver.finish()
+            self.accelerator.wait_for_everyone()
+            if self.saver.checkpoints.complete():
+                raise RollBack(f"step {step}: {fault}")
+        self._leave_out(fault)
+
+    def _leave_out(self, fault: str) -> None:
+        """Let this step pass without a trace in weights, optimiser and logged loss. The schedule and the
+        random generators go on as if it had counted."""
+        self.model.zero_grad()  # an optimiser passes over parameters without a gradient
+        self._tr_loss.copy_(self._loss_before)
+        self._globalstep_last_logged += 1  # the logged loss is a mean over the steps since then
+        self.step_counts = StepCounts(started_at=self.step_counts.started_at, fault=fault)
+
+    @torch.no_grad()
+    def _rows_of_step(self) -> list[dict[str, Any]]:
+        """This rank's examples of the step, each with its own mean loss, without dropout: a run alone."""
+        self.model.eval()
+        found = []
+        for number, pack in enumerate(self._step_packs):
+            for row in pack["rows"]:
+                for example in row.examples:
+                    alone = self._prepare_inputs(
+                        self.collate([dataclasses.replace(row, examples=(example,))])
+                    )
+                    with self.autocast():
+                        loss = float(self.objective(self.model, alone) / alone["weights"].sum())
+                    weights = example.token_weights()
+                    found.append(
+                        {
+                            "row": row.place,
+                            "pass": number,
+                            "rank": self.args.process_index,
+                            "loss": loss if math.isfinite(loss) else str(loss),
+                            "text": self.decode(example.input_ids),
+                            "input_ids": example.input_ids.tolist(),
+                            "targets": (weights > 0).astype(int).tolist(),
+                            "weights": weights.tolist(),
+                        }
+                    )
+        self.model.train()
+        return found
 
     # --- evaluation
 
@@ -262,30 +356,94 @@ class PackTrainer(Trainer):
         return torch.autocast(self.args.device.type, dtype=dtype, enabled=self.args.bf16 or self.args.fp16)
 
     # --- checkpoints
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Weights as they are trained, and no pickle of the arguments: config.yaml says them."""
-        assert output_dir is not None
-        folder = Path(output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(folder, self.accelerator.unwrap_model(self.model))
+    # transformers' own methods of these names write into the final folder, load pickles, and pass in silence
+    # over what is missing.
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Every rank takes part; the first one writes."""
         step = self.state.global_step
+        states = gather_object([random_state()])
         if self.args.should_save:
-            self.checkpoints.begin(step)
-        self.accelerator.wait_for_everyone()
-        folder = str(self.checkpoints.building(step))
-        self.save_model(folder, _internal_call=True)
-        self._save_optimizer_and_scheduler(folder)
-        self._save_scaler(folder)
-        self._save_rng_state(folder)
-        if self.args.should_save:
-            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
-            self.state.save_to_json(f"{folder}/trainer_state.json")
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            self.checkpoints.commit(
-                step, epoch=self.state.epoch, seed=self.args.seed, ranks=self.args.world_size
+            self.saver.save(
+                step,
+                self._checkpoint_files(states),
+                {
+                    **self.facts,
+                    "epoch": self.state.epoch,
+                    "seed": self.args.seed,
+                    "ranks": self.args.world_size,
+                    "random_states": [random_state_file(rank) for rank in range(self.args.world_size)],
+                    "plan": {
+                        "epoch": step // self.plan.steps_per_epoch,
+                        "step_in_epoch": step % self.plan.steps_per_epoch,
+                        "steps_per_epoch": self.plan.steps_per_epoch,
+                        "batch_size": self.plan.batch_size,
+                        "passes": self.plan.passes,
+                    },
+                    "best_step": self.state.best_global_step,
+                    "best_eval_loss": self.state.best_metric,
+                },
+                best=self.state.best_global_step,
             )
         self.accelerator.wait_for_everyone()
+
+    def _checkpoint_files(self, random_states: Sequence[Any]) -> Files:
+        weights, config = checkpoint_weights(self.accelerator.unwrap_model(self.model))
+        self.state.stateful_callbacks["TrainerControl"] = self.control.state()
+        progress = {**self.guard.state(), "rows": self.rows_report.as_dict(), "stream": self._stream}
+        files: Files = {
+            **config,
+            **{name: weights_file(tensors) for name, tensors in weights.items()},
+            OPTIMIZER: state_file(self.optimizer.state_dict()),
+            SCHEDULER: state_file(self.lr_scheduler.state_dict()),
+            TRAINER_STATE: json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True).encode(),
+            PROGRESS: json.dumps(progress, indent=2).encode(),
+        }
+        if self.accelerator.scaler is not None:
+            files[SCALER] = state_file(self.accelerator.scaler.state_dict())
+        for rank, state in enumerate(random_states):
+            files[random_state_file(rank)] = state_file(state)
+        return files
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        load_checkpoint_weights(folder, self.accelerator.unwrap_model(model or self.model))
+        progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        self.guard.restore(progress)
+        self.rows_report = SourceReport.from_dict(progress["rows"])
+        if isinstance(self.train_rows.rows, StreamedRows):
+            self._stream = progress["stream"]
+            self.train_rows.rows.start_at(self._stream)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        for part, name in ((self.optimizer, OPTIMIZER), (self.lr_scheduler, SCHEDULER)):
+            file = Path(checkpoint) / name
+            try:
+                part.load_state_dict(read_state(file))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{file}: is of another optimiser or model: {error}") from error
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(read_state(Path(checkpoint) / SCALER))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """This rank's generators; those of ranks that the checkpoint does not have are drawn from the
+        seed."""
+        if checkpoint is None:
+            return
+        rank = self.args.process_index
+        file = Path(checkpoint) / random_state_file(rank)
+        if file.is_file():
+            restore_random_state(read_state(file))
+        else:
+            set_seed((self.args.seed + 1_000_003 * rank + self._resume_step) % 2**32)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Of what is logged the trainer's state keeps evaluations alone, which decide what is best: with
+        every line, checkpoints would grow with each step."""
+        super().log(logs, start_time)
+        if "eval_loss" not in logs:
+            self.state.log_history.pop()

@@ -1,0 +1,110 @@
+"""Every point: `make test-crash`, or
+
+    PYTHONPATH=tests python -m crash.report [--points N] [--processes N] [--out FILE]
+
+Kills runs before and in the midst of every file operation of one scenario, at fewer of the others,
+and at times spread over them; prints a line a point and a table of totals, writes all of it to FILE as JSON,
+and exits with 1 if one did not end as the untouched run. `--points` tries so many only, spread over all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+from crash.harness import (
+    SCENARIOS,
+    Driver,
+    Outcome,
+    Point,
+    Untouched,
+    operation_points,
+    spread,
+    time_points,
+    train_untouched,
+    try_point,
+)
+from rich.console import Console
+from rich.table import Table
+
+_ALL = "LoRA"  # the scenario of which every operation is tried
+_OPERATIONS, _TIMES = 24, 8  # points of each other scenario; of times, in the first one too
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--points", type=int, help="so many only")
+    parser.add_argument("--processes", type=int, default=2, help="runs at once (default 2)")
+    parser.add_argument("--out", type=Path, default=Path("runs/crash-report.json"))
+    options = parser.parse_args()
+    outcomes = []
+    console = Console(soft_wrap=True, highlight=False)
+    with tempfile.TemporaryDirectory(prefix="crash-") as folder:
+        for outcome in _try_all(Path(folder), options.points, options.processes):
+            outcomes.append(outcome)
+            verdict = "identical" if outcome.fault is None else f"FAULT: {outcome.fault}"
+            console.print(
+                f"{outcome.scenario} | {outcome.point} | {outcome.what} | {outcome.found} | {verdict}"
+            )
+    console.print(_totals(outcomes))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(
+        json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1) + "\n", encoding="utf-8"
+    )
+    console.print(f"wrote {options.out}")
+    return int(any(outcome.fault for outcome in outcomes))
+
+
+def _try_all(folder: Path, number: int | None, processes: int) -> Iterator[Outcome]:
+    """In several drivers at once; in the order of the points."""
+    drivers: SimpleQueue[Driver] = SimpleQueue()
+    for _ in range(processes):
+        drivers.put(Driver())
+    tried: list[tuple[Untouched, Point]] = []
+    driver = drivers.get()
+    for scenario in SCENARIOS:
+        untouched = train_untouched(driver, scenario, folder)
+        points = operation_points(untouched)
+        if scenario != _ALL:
+            points = spread(points, _OPERATIONS)
+        tried += [(untouched, point) for point in [*points, *time_points(untouched, _TIMES)]]
+    drivers.put(driver)
+    if number is not None:
+        tried = [tried[i * len(tried) // number] for i in range(min(number, len(tried)))]
+
+    def try_one(i: int) -> Outcome:
+        driver = drivers.get()
+        try:
+            return try_point(driver, *tried[i], f"point-{i}")
+        finally:
+            drivers.put(driver)
+
+    with ThreadPoolExecutor(processes) as pool:
+        yield from pool.map(try_one, range(len(tried)))
+    for _ in range(processes):
+        drivers.get().close()
+
+
+def _totals(outcomes: list[Outcome]) -> Table:
+    """What was killed, how often, and how often it ended the same."""
+    table = Table("scenario", "killed", "points", "identical")
+    counts: dict[tuple[str, str], list[bool]] = {}
+    for outcome in outcomes:
+        kind = "at a time" if outcome.point.endswith(" s") else " ".join(outcome.what.split(" ")[:-1])
+        counts.setdefault((outcome.scenario, kind), []).append(outcome.fault is None)
+    for (scenario, kind), verdicts in counts.items():
+        table.add_row(scenario, kind, str(len(verdicts)), str(sum(verdicts)))
+    table.add_section()
+    table.add_row("all", "", str(len(outcomes)), str(sum(outcome.fault is None for outcome in outcomes)))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
