@@ -74,13 +74,20 @@ class StopOnSignal(TrainerCallback):
         if self.received is not None:
             # Both the scheduler (or terminal) and the launcher of several ranks pass a signal on.
             if time.monotonic() - self._received_at_s > _ECHO_S:
-                self.uninstall()
+                self._let_go()
                 signal.raise_signal(number)
             return
         if self._num_ranks == 1:
-            self.uninstall()  # so that a second signal does what it always did, even where Python waits
+            self._let_go()  # so that a second signal does what it always did, even where Python waits
         self.received, self._received_at_s = number, time.monotonic()
         self._say(f"{signal.Signals(number).name}: finishing this step and saving; again to leave at once")
+
+    def _let_go(self) -> None:
+        """Uninstall; what a script's background jobs begin with (SIGINT ignored) would make it undying."""
+        numbers = [number for number, handler in self._before.items() if handler is signal.SIG_IGN]
+        self.uninstall()
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         number = self.received
