@@ -87,7 +87,8 @@ class StopOnSignal(TrainerCallback):
         numbers = [number for number, handler in self._before.items() if handler is signal.SIG_IGN]
         self.uninstall()
         for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
+            usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, usual)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         number = self.received
