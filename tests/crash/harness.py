@@ -21,13 +21,10 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import safe_open
 from tiny import conversations, make_tiny_model, write_rows
 
+from tunesmith.inspect.verify_resume import metrics_without_times, read_tensors
 from tunesmith.training.checkpoints import Checkpoints
-from tunesmith.training.run_folder import read_metrics
-
-TIMES = {"tokens_per_s", "target_tokens_per_s", "mfu", "peak_memory_gib", "step_s", "eval_s"}
 
 # name -> sections that differ from _BASE: 10 steps in two epochs, checkpoints at 3, 6, 9 and 10, evaluations
 # at 4, 8 and 10.
@@ -234,27 +231,19 @@ def difference(one: Path, other: Path) -> str | None:
         if names[0] != names[1]:
             return f"files of {folder}: {names[1]}, not {names[0]}"
         for name in (name for name in names[0] if name.endswith(".safetensors")):
-            first, second = (_read(run / folder / name) for run in (one, other))
+            first, second = (read_tensors(run / folder / name) for run in (one, other))
             if first[1] != second[1] or first[0].keys() != second[0].keys():
                 return f"{folder}/{name}: what it holds beside tensors"
             for tensor in first[0]:
                 if not torch.equal(first[0][tensor], second[0][tensor]):
                     return f"{folder}/{name}: {tensor}"
-    lines = [
-        [{k: v for k, v in line.items() if k not in TIMES} for line in read_metrics(run / "metrics.jsonl")]
-        for run in (one, other)
-    ]
+    lines = [metrics_without_times(run) for run in (one, other)]
     for number, (a, b) in enumerate(zip(*lines, strict=False), 1):
         if a != b:
             return f"metrics.jsonl, line {number}: {b}, not {a}"
     if len(lines[0]) != len(lines[1]):
         return f"metrics.jsonl has {len(lines[1])} lines, not {len(lines[0])}"
     return None
-
-
-def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    with safe_open(file, framework="pt") as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
 
 
 def _last_line(log: Path) -> str:

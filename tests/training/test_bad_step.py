@@ -180,9 +180,11 @@ def test_rolling_back_ends_as_skipping_does(run_config, monkeypatch):
 def test_rolling_back_loads_the_state_from_disk(run_config, monkeypatch, capsys):
     """Weights that went bad in memory are mended by it, which skipping could not."""
     config = run_config(checkpoint={"every_steps": 2})
-    straight = tunesmith.sft(
-        config | {"run": {**config["run"], "name": "straight"}}, ["train.on_bad_step=skip"]
-    )
+    with monkeypatch.context() as patched:
+        spoil(patched, 4)
+        skipped = tunesmith.sft(
+            config | {"run": {**config["run"], "name": "skipped"}}, ["train.on_bad_step=skip"]
+        )
     original = Schedule.on_step_end
     broken = []
 
@@ -199,11 +201,12 @@ def test_rolling_back_loads_the_state_from_disk(run_config, monkeypatch, capsys)
     rolled = tunesmith.sft(config, ["train.on_bad_step=rollback"])
     assert "step 4: the loss is nan; back to step 2" in " ".join(capsys.readouterr().out.split())
     one, other = (
-        [line.get("loss") for line in metrics_without_times(result.run)] for result in (straight, rolled)
+        [line.get("loss") for line in metrics_without_times(result.run)] for result in (skipped, rolled)
     )
     assert other[:3] == one[:3]
     assert other[3] is None  # left out, since it was bad once
-    assert math.isfinite(other[4])
+    assert other[4] == one[4]
+    assert same_files(skipped.final, rolled.final)
 
 
 def test_without_a_checkpoint_to_go_back_to_the_step_is_skipped(run_config, monkeypatch):

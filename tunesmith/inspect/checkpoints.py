@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.errors import CheckpointError, ConfigError
-from tunesmith.training.checkpoints import Checkpoint, Checkpoints
-from tunesmith.training.durable_files import in_words
-from tunesmith.training.manifest import MANIFEST, read_manifest
-from tunesmith.training.run_folder import read_metrics
+from tunesmith.training.checkpoints import Checkpoints
+from tunesmith.training.durable_files import folder_bytes, in_words
+from tunesmith.training.manifest import MANIFEST, find_damage_by_size
+from tunesmith.training.run_folder import eval_losses, read_metrics
 
 # What a save or a deletion under way calls its folder (durable_files.py).
 _UNDER_WAY = {"tmp": "being written", "old": "being replaced", "gone": "being deleted"}
@@ -67,17 +67,17 @@ def list_checkpoints(run: Path, *, verify: bool) -> list[Listed]:
     lines = read_metrics(run / "metrics.jsonl")
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     evals = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
-    best = min((step for step in evals if step), key=lambda step: (evals[step], step), default=None)
+    _, best = min(eval_losses(lines), default=(None, None))
     listed = []
     for checkpoint in Checkpoints(run / "checkpoints", keep=1).found():
-        problem = checkpoint.damage() if verify else _damage_by_size(checkpoint)
+        problem = checkpoint.damage() if verify else _damage_by_size(checkpoint.folder)
         listed.append(
             Listed(
                 step=checkpoint.step,
                 folder=str(checkpoint.folder),
                 state="damaged" if problem else "complete",
                 problem=problem,
-                bytes=_size(checkpoint.folder),
+                bytes=folder_bytes(checkpoint.folder),
                 loss=losses.get(checkpoint.step),
                 eval_loss=evals.get(checkpoint.step),
                 is_best=checkpoint.step == best,
@@ -87,7 +87,9 @@ def list_checkpoints(run: Path, *, verify: bool) -> list[Listed]:
     for folder in sorted((run / "checkpoints").glob(".step-*")):
         state = _UNDER_WAY.get(folder.suffix[1:])
         if state is not None:
-            listed.append(Listed(None, str(folder), state, None, _size(folder), None, None, False, None))
+            listed.append(
+                Listed(None, str(folder), state, None, folder_bytes(folder), None, None, False, None)
+            )
     return listed
 
 
@@ -103,33 +105,8 @@ def _run_folder(run: str) -> Path:
     return folder
 
 
-def _damage_by_size(checkpoint: Checkpoint) -> str | None:
-    """What can be seen without reading the files: a manifest that is none, a file that is missing or not as
-    long as it was."""
-    try:
-        files = read_manifest(checkpoint.folder)["files"]
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError) as error:
-        return f"its manifest cannot be read ({error})"
-    for name, expected in files.items():
-        file = checkpoint.folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if (size := file.stat().st_size) != expected["bytes"]:
-            return f"{name} has {size} bytes, expected {expected['bytes']}"
-    return None
-
-
-def _size(folder: Path) -> int:
-    """Bytes of all files; a run that is at work may take some away meanwhile."""
-    total = 0
-    for file in folder.rglob("*"):
-        try:
-            total += file.stat().st_size if file.is_file() else 0
-        except FileNotFoundError:
-            continue
-    return total
+def _damage_by_size(folder: Path) -> str | None:
+    return find_damage_by_size(folder) if (folder / MANIFEST).exists() else f"it has no {MANIFEST}"
 
 
 def _draw(listed: list[Listed], console: Console) -> None:

@@ -125,7 +125,7 @@ def _run_both(
     last = [_last_checkpoint(run) for run in (straight, resumed)]
     at_end = _compare_checkpoints(*last)
     lines = [metrics_without_times(run) for run in (straight, resumed)]
-    tensors = sum(len(_read(file)[0]) for file in last[0].glob("*.safetensors"))
+    tensors = sum(len(read_tensors(file)[0]) for file in last[0].glob("*.safetensors"))
     compared = (
         f"{tensors} tensors of weights, optimiser, schedule and random state after {steps} steps, the "
         f"counters, and {len(lines[0])} lines of metrics (without times)"
@@ -154,7 +154,7 @@ def _train(file: Path, *overrides: str, until: Path | None = None) -> None:
 
 
 def _checkpoint(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:06d}"
+    return Checkpoints(run / "checkpoints", keep=1).folder_of(step)
 
 
 def _last_checkpoint(run: Path) -> Path:
@@ -183,7 +183,7 @@ def _compare_files(one: Path, other: Path) -> str | None:
     if one.suffix == ".json":
         same = _without_times(json.loads(one.read_bytes())) == _without_times(json.loads(other.read_bytes()))
         return None if same else f"{one.name} differs"
-    (tensors, plain), (others, other_plain) = _read(one), _read(other)
+    (tensors, plain), (others, other_plain) = read_tensors(one), read_tensors(other)
     if tensors.keys() != others.keys():
         return f"{one.name}: the names of its tensors"
     for name, tensor in tensors.items():
@@ -192,7 +192,8 @@ def _compare_files(one: Path, other: Path) -> str | None:
     return None if plain == other_plain else f"{one.name}: values beside its tensors"
 
 
-def _read(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors of a safetensors file, and what stands in its header beside them."""
     with safe_open(file, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
 

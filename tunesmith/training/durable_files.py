@@ -13,6 +13,7 @@ of this module: a test that wants to stop between any two of them replaces these
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -131,6 +132,15 @@ def sha256(file: Path) -> str:
         while block := stream.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of all files in a folder; what is taken away meanwhile does not count."""
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total
 
 
 def free_bytes(path: Path) -> int:

@@ -43,9 +43,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a folder, or None: every file of the manifest is there, as long and as it was, and
-    no other. Reads all of it."""
+def find_damage_by_size(folder: Path) -> str | None:
+    """What can be seen of it without reading the files: a manifest that is none, a file that is missing or
+    not as long as it was."""
     try:
         files = read_manifest(folder)["files"]
     except (OSError, ValueError, KeyError) as error:
@@ -57,12 +57,22 @@ def find_damage(folder: Path) -> str | None:
         size = (folder / name).stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size} bytes, expected {expected['bytes']}"
+    return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a folder, or None: every file of the manifest is there, as long and as it was, and
+    no other. Reads all of it."""
+    if (problem := find_damage_by_size(folder)) is not None:
+        return problem
+    files = read_manifest(folder)["files"]
+    for name, expected in files.items():
         try:
             if durable_files.sha256(folder / name) != expected["sha256"]:
                 return f"{name} differs from what was saved (SHA-256)"
         except OSError as error:
             return f"{name} cannot be read ({error})"
-    if more := sorted(found - files.keys()):
+    if more := sorted(_names(folder) - files.keys()):
         return f"{more[0]} was not saved with it"
     return None
 

@@ -208,6 +208,11 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def eval_losses(lines: list[dict[str, Any]]) -> list[tuple[float, int]]:
+    """(loss, step) of each evaluation but that of the untouched model; the least is the best step's."""
+    return [(line["eval_loss"], line["step"]) for line in lines if "eval_loss" in line and line["step"]]
+
+
 def _keep_lines_until(file: Path, step: int) -> None:
     """Cut metrics.jsonl behind the last line of a step up to this one. Looks at its end alone, so that it
     takes no longer for a long run."""

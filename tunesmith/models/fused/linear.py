@@ -45,9 +45,8 @@ def linears(x: Tensor, layers: Sequence[LinearParts]) -> tuple[Tensor, ...]:
     """x [..., I] through each of the layers -> one [..., O] each."""
     dtype = pass_dtype(x)
     seeds = draw_seeds(layers)
-    tensors = [tensor for layer in layers for tensor in layer.tensors]
     numbers = [(layer.scale, layer.dropout) for layer in layers]
-    outputs = _Linears.apply(x, dtype, numbers, seeds, *tensors)  # type: ignore[no-untyped-call]
+    outputs = _Linears.apply(x, dtype, numbers, seeds, *tensors_of(layers))  # type: ignore[no-untyped-call]
     return tuple(output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
 
 
@@ -170,8 +169,13 @@ def _ranks(layers: Sequence[LinearParts]) -> list[int]:
     return [layer.lora_a.shape[0] for layer in layers if layer.lora_a is not None]
 
 
+def tensors_of(layers: Sequence[LinearParts]) -> list[Tensor | None]:
+    """Four tensors a layer in a flat list, as autograd functions take and save them."""
+    return [tensor for layer in layers for tensor in layer.tensors]
+
+
 def layers_of(tensors: Sequence[Any], numbers: Any, dtype: torch.dtype) -> list[LinearParts]:
-    """Layers from a flat list of their tensors, ready for `forward_all` and `backward_all`."""
+    """The reverse of `tensors_of`, ready for `forward_all` and `backward_all`."""
     return [
         LinearParts(*tensors[4 * i : 4 * i + 4], *own).with_lora_in(dtype) for i, own in enumerate(numbers)
     ]
@@ -183,7 +187,7 @@ class _Linears(torch.autograd.Function):
         layers = layers_of(tensors, numbers, dtype)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         outputs, products = forward_all(flat, layers, seeds)
-        ctx.save_for_backward(flat, *products, *(tensor for layer in layers for tensor in layer.tensors))
+        ctx.save_for_backward(flat, *products, *tensors_of(layers))
         ctx.numbers, ctx.seeds, ctx.x_shape, ctx.x_dtype = numbers, seeds, x.shape, x.dtype
         return tuple(outputs)
 

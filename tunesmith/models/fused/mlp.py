@@ -22,6 +22,7 @@ from tunesmith.models.fused.linear import (
     forward_all,
     layers_of,
     pass_dtype,
+    tensors_of,
 )
 from tunesmith.models.native import elementwise as native
 
@@ -65,10 +66,9 @@ ACTIVATIONS = tuple(map(Activation, ("silu", "gelu_tanh", "gelu")))
 
 def gated_mlp(x: Tensor, layers: Sequence[LinearParts], activation: Activation) -> Tensor:
     """x [..., I] through gate, up and down, given in this order -> [..., I]."""
-    tensors = [tensor for layer in layers for tensor in layer.tensors]
     numbers = [(layer.scale, layer.dropout) for layer in layers]
     output: Tensor = _GatedMlp.apply(  # type: ignore[no-untyped-call]
-        x, pass_dtype(x), activation, numbers, draw_seeds(layers), *tensors
+        x, pass_dtype(x), activation, numbers, draw_seeds(layers), *tensors_of(layers)
     )
     return output
 
@@ -88,7 +88,7 @@ class _GatedMlp(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         (g, u), products = forward_all(flat, layers[:2], seeds[:2])
         (y,), inner = forward_all(activation.times(g, u), layers[2:], seeds[2:])
-        ctx.save_for_backward(flat, g, u, *products, *inner, *(t for layer in layers for t in layer.tensors))
+        ctx.save_for_backward(flat, g, u, *products, *inner, *tensors_of(layers))
         ctx.activation, ctx.numbers, ctx.seeds = activation, numbers, seeds
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tunesmith.models.layout import PackLayout
-from tunesmith.models.native.build import address, library
+from tunesmith.models.native.build import call, library
 
 _BLOCK = 64  # keys of a block in attention.cpp
 
@@ -48,71 +49,51 @@ class _NativeAttention(torch.autograd.Function):
         window: int | None,
         scale: float,
     ) -> Tensor:
-        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-        call = _Call(query, key, value, layout, window, scale)
+        inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
         output = torch.empty(query.shape, dtype=query.dtype)
         log_sums = torch.empty(query.shape[1::-1], dtype=torch.float32)
-        call.run("forward", 2 * call.of_keys, output, log_sums)
-        ctx.save_for_backward(query, key, value, output, log_sums)
+        scratch = _scratch(query, key, of_keys=2, of_queries=0)
+        common = _common(inputs, layout, window, scale)
+        call("attention", "attention_forward", *inputs, *common, scratch, output, log_sums)
+        ctx.save_for_backward(*inputs, output, log_sums)
         ctx.options = layout, window, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        query, key, value, output, log_sums = ctx.saved_tensors
-        call = _Call(query, key, value, *ctx.options)
-        inputs = (query, key, value)
+        *inputs, output, log_sums = ctx.saved_tensors
+        doutput = grads[0].contiguous()
         dinputs = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
-        size = 3 * call.of_keys + 2 * call.of_queries + log_sums.numel()
-        call.run("backward", size, *dinputs, before=(grads[0].contiguous(), output), log_sums=log_sums)
+        scratch = _scratch(*inputs[:2], of_keys=3, of_queries=2, more=log_sums.numel())
+        common = _common(inputs, *ctx.options)
+        call(
+            "attention", "attention_backward", doutput, output, *inputs, *common, log_sums, scratch, *dinputs
+        )
         return *dinputs, None, None, None
 
 
-class _Call:
-    """The arguments that both directions have in common."""
+def _common(
+    inputs: Sequence[Tensor], layout: PackLayout, window: int | None, scale: float
+) -> tuple[Any, ...]:
+    """What both directions are told of query, key and value: from their steps on to the number of threads."""
+    total, heads, size = inputs[0].shape
+    steps = [stride for x in inputs for stride in x.stride()[:2]]
+    windowed = window is not None and window <= layout.last_position
+    return (
+        (ctypes.c_int64 * 6)(*steps),
+        (ctypes.c_int64 * 4)(total, heads, inputs[1].shape[1], size),
+        layout.subtree_ends,
+        layout.positions_int32 if windowed else None,
+        window or 0,
+        scale,
+        torch.get_num_threads(),
+    )
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: PackLayout,
-        window: int | None,
-        scale: float,
-    ) -> None:
-        self.inputs = (query, key, value)
-        total, heads, size = query.shape
-        key_heads = key.shape[1]
-        steps = [stride for x in self.inputs for stride in x.stride()[:2]]
-        windowed = window is not None and window <= layout.last_position
-        self.blocks = -(-total // _BLOCK)
-        pairs = self.blocks * _BLOCK * size // 2
-        self.of_keys, self.of_queries = key_heads * pairs, heads * pairs
-        self._arguments = (
-            (ctypes.c_int64 * 6)(*steps),
-            (ctypes.c_int64 * 4)(total, heads, key_heads, size),
-            address(layout.subtree_ends),
-            address(layout.positions_int32) if windowed else None,
-            ctypes.c_int64(window or 0),
-            ctypes.c_float(scale),
-            ctypes.c_int64(torch.get_num_threads()),
-        )
 
-    def run(
-        self,
-        direction: str,
-        scratch_size: int,
-        *outputs: Tensor,
-        before: tuple[Tensor, ...] = (),
-        log_sums: Tensor | None = None,
-    ) -> None:
-        native = library("attention")
-        assert native is not None
-        scratch = torch.empty(self.blocks * 4 + scratch_size, dtype=torch.int32)
-        getattr(native, f"tunesmith_attention_{direction}")(
-            *map(address, (*before, *self.inputs)),
-            *self._arguments,
-            *([] if log_sums is None else [address(log_sums)]),
-            address(scratch),
-            *map(address, outputs),
-        )
+def _scratch(query: Tensor, key: Tensor, *, of_keys: int, of_queries: int, more: int = 0) -> Tensor:
+    """Room for so many packed copies of keys and of queries, four numbers a block of keys, and `more`."""
+    total, heads, size = query.shape
+    blocks = -(-total // _BLOCK)
+    pairs = blocks * _BLOCK * size // 2
+    copies = (of_keys * key.shape[1] + of_queries * heads) * pairs
+    return torch.empty(4 * blocks + copies + more, dtype=torch.int32)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from tunesmith.models.native.build import address, library
+from tunesmith.models.native.build import call, library
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -36,9 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x [..., I] normalised and scaled by weight [I] float32, and 1 / sqrt(mean(x^2) + eps) [..., 1]
     float32."""
     output, inverse = torch.empty_like(x), torch.empty(*x.shape[:-1], 1)
-    _call(
-        "rms_norm", x, weight, inverse.numel(), x.shape[-1], ctypes.c_float(eps), _threads(), inverse, output
-    )
+    _call("rms_norm", x, weight, inverse.numel(), x.shape[-1], eps, _threads(), inverse, output)
     return output, inverse
 
 
@@ -84,12 +80,5 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-def _call(name: str, *arguments: Tensor | int | ctypes.c_float) -> None:
-    native = library("elementwise")
-    assert native is not None
-    getattr(native, f"tunesmith_{name}")(
-        *(
-            address(a) if isinstance(a, Tensor) else ctypes.c_int64(a) if isinstance(a, int) else a
-            for a in arguments
-        )
-    )
+def _call(function: str, *arguments: Tensor | int | float) -> None:
+    call("elementwise", function, *arguments)
