@@ -147,10 +147,11 @@ def _through_lora_a(
     for i, (one, layer, seed) in enumerate(zip(dhs, layers, seeds, strict=True)):
         if one is None or layer.lora_a is None:
             continue
+        kept = _kept(x, layer.dropout, seed) if layer.dropout and seed is not None else None
         if needs_a:
-            das[i] = torch.mm(one.t(), dropped(x, layer.dropout, seed))
-        if dx is not None and layer.dropout and seed is not None:
-            dx += torch.mm(one, layer.lora_a).mul_(_kept(x, layer.dropout, seed))
+            das[i] = torch.mm(one.t(), x if kept is None else x * kept)
+        if dx is not None and kept is not None:
+            dx += torch.mm(one, layer.lora_a).mul_(kept)
         elif dx is not None:
             dx.addmm_(one, layer.lora_a)
     return das
