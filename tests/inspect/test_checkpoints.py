@@ -15,6 +15,7 @@ import tunesmith
 from tunesmith import cli
 from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.inspect.checkpoints import checkpoints, list_checkpoints
+from tunesmith.training.lock import LOCK, Lock
 from tunesmith.training.run_folder import read_metrics
 
 
@@ -115,6 +116,8 @@ def test_saves_and_deletions_under_way_are_no_checkpoints(run: Path) -> None:
     (folder / ".step-000006.tmp").mkdir()
     (folder / ".step-000006.tmp" / "optimizer.safetensors").write_bytes(bytes(100))
     (folder / "step-000002").rename(folder / ".step-000002.gone")
+    lock = Lock(run / LOCK)
+    lock.acquire()
     listed = list_checkpoints(run, verify=True)
     assert [(one.step, one.state) for one in listed] == [
         (4, "complete"),
@@ -123,6 +126,9 @@ def test_saves_and_deletions_under_way_are_no_checkpoints(run: Path) -> None:
         (None, "being written"),
     ]
     assert listed[-1].bytes == 100
+    lock.release()
+    states = [one.state for one in list_checkpoints(run, verify=False)]
+    assert states == ["complete", "complete", *2 * ["left by a kill; the next start sees to it"]]
 
 
 def test_a_folder_that_is_no_run_is_said_with_a_near_one(run: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from peft import AutoPeftModelForCausalLM
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import conversations, write_rows
 from training.test_state_files import Hostile
 from transformers import AutoModelForCausalLM
@@ -249,18 +249,41 @@ def test_other_data_are_shown_and_refused_unless_one_goes_on_anyway(run_config, 
             tunesmith.sft(config)
     write_rows(Path(config["data"]["train"]), conversations(20, seed=9))
     with pytest.raises(
-        ConfigError, match=r"other data or tokenizer.*\n  data.train: .*: '\w+' -> '\w+'"
+        ConfigError, match=r"other base weights, data or tokenizer.*\n  data.train: .*: '\w+' -> '\w+'"
     ) as e:
         tunesmith.sft(config)
     assert "run.resume_anyway=true" in str(e.value)
     result = tunesmith.sft(config, ["run.resume_anyway=true", "train.learning_rate=0.02"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "warning: going on with other data or tokenizer: data.train: " in said
+    assert "warning: going on with other base weights, data or tokenizer: data.train: " in said
     assert "warning: going on with other settings: train.learning_rate: 0.01 -> 0.02" in said
     assert [line["step"] for line in read_metrics(result.run / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     # What the last checkpoint was made with is what counts from now on.
     with pytest.raises(ConfigError, match=r"train.learning_rate: 0.02 -> 0.01"):
         tunesmith.sft(config)
+
+
+def test_other_base_weights_under_the_same_path_are_refused(run_config, tmp_path):
+    config = run_config()
+    base = Path(config["model"]["path"])
+    config["model"]["path"] = str(shutil.copytree(base, tmp_path / "base"))
+    tunesmith.sft(config)
+    (weights,) = (tmp_path / "base").glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: tensor + 1e-3 for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"other base weights.*\n  model: '\w+' -> '\w+'"):
+        tunesmith.sft(config, ["train.epochs=2"])
+    shutil.copy(base / weights.name, weights)
+    assert tunesmith.sft(config, ["train.epochs=2"]).summary["steps"] == 10
+
+
+def test_what_a_kill_before_the_deletions_left_goes_at_the_next_start(run_config):
+    config = run_config(checkpoint={"every_steps": 1, "keep": 2})
+    result = tunesmith.sft(config)
+    folder = result.run / "checkpoints"
+    shutil.copytree(folder / "step-000004", folder / "step-000003")
+    tunesmith.sft(config)
+    assert {path.name for path in folder.iterdir()} == {"step-000004", "step-000005"}
 
 
 def test_another_chat_template_is_other_data(run_config, tmp_path):

@@ -67,8 +67,8 @@ class RunConfig(Section):
     `never` refuses a run folder that already holds a run; a number names the step of the checkpoint to go
     on from."""
     resume_anyway: bool = False
-    """Go on with other settings, data or tokenizer than the run began with. What differs is shown either way;
-    without this it is refused."""
+    """Go on with other settings, data, tokenizer or base weights than the run began with. What differs is
+    shown either way; without this it is refused."""
 
 
 class ModelConfig(Section):

@@ -21,6 +21,7 @@ from rich.text import Text
 from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.durable_files import folder_bytes, in_words
+from tunesmith.training.lock import LOCK, Lock
 from tunesmith.training.manifest import MANIFEST, find_damage_by_size
 from tunesmith.training.run_folder import eval_losses, read_metrics
 
@@ -84,9 +85,12 @@ def list_checkpoints(run: Path, *, verify: bool) -> list[Listed]:
                 is_verified=problem is None if verify else None,
             )
         )
+    is_running = Lock(run / LOCK).holder() is not None
     for folder in sorted((run / "checkpoints").glob(".step-*")):
         state = _UNDER_WAY.get(folder.suffix[1:])
         if state is not None:
+            if not is_running:
+                state = "left by a kill; the next start sees to it"
             listed.append(
                 Listed(None, str(folder), state, None, folder_bytes(folder), None, None, False, None)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from tunesmith.models.devices import compute_dtype
 
 Say = Callable[[str], None]
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_LOOKED_AT, _PLACE_BYTES = 64, 4096  # places of a weights file that its fingerprint covers
 
 
 def load_model(config: Config, tokenizer: Any, say: Say) -> Any:
@@ -87,6 +89,25 @@ def _refuse_pickles(path: str) -> None:
             f'  python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{path}', use_safetensors=False).save_pretrained('{path}-safetensors')\""
         )
+
+
+def weights_fingerprint(config: Config) -> str:
+    """Tells one set of base weights from another without reading them all: the size of each file, and what
+    stands at places spread over it, which another training changes everywhere. Of a hub model its commit.
+
+    Raises ModelError if there is no such model."""
+    folder = Path(config.model.path)
+    if not folder.is_dir():
+        return str(_load_model_config(config)._commit_hash)
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for i in range(_LOOKED_AT):
+                stream.seek(i * max(0, size - _PLACE_BYTES) // (_LOOKED_AT - 1))
+                digest.update(stream.read(_PLACE_BYTES))
+    return digest.hexdigest()
 
 
 def scale_rope(model_config: Any, config: Config, say: Say) -> None:

@@ -55,7 +55,7 @@ def sft(
         startup.mark("tokenizer")
         before = cached_names(config)
         data = load_data(config, tokenizer, progress.say)
-        run.check_inputs(inputs(tokenizer, data), start, progress.say)
+        run.check_inputs(inputs(config, tokenizer, data), start, progress.say)
         startup.mark(data_stage(config, before))
         model = build_model(config, tokenizer, progress.say)
         startup.mark("model load, adapter, fuse")

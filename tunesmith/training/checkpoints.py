@@ -107,21 +107,20 @@ class Checkpoints:
         except OSError:
             durable_files.remove(building)  # a full disk has no room for half a checkpoint
             raise
-        self._delete_old(step, best)
+        # Later steps are of a run that was taken back to an earlier one; they go once one after it is safe.
+        later = [one for one in self.complete() if one.step > step and one.step != best]
+        for given_up in (*self.superseded(step, best), *later):
+            durable_files.discard(given_up.folder)
         return Checkpoint(final, step)
 
     def folder_of(self, step: int) -> Path:
         """Where the checkpoint of a step is, once it is complete."""
         return self.folder / f"step-{step:06d}"
 
-    def _delete_old(self, newest: int, best: int | None) -> None:
-        """Later steps are of a run that was taken back to an earlier one; they are given up once a step after
-        that is safe."""
-        complete = self.complete()
-        kept = [checkpoint.step for checkpoint in complete if checkpoint.step <= newest][-self.keep :]
-        for checkpoint in complete:
-            if checkpoint.step not in kept and checkpoint.step != best:
-                durable_files.discard(checkpoint.folder)
+    def superseded(self, newest: int, best: int | None) -> list[Checkpoint]:
+        """What `keep` does not cover once step `newest` is safe, but for the step `best`."""
+        until = [checkpoint for checkpoint in self.complete() if checkpoint.step <= newest]
+        return [checkpoint for checkpoint in until[: -self.keep] if checkpoint.step != best]
 
     def clean(self) -> None:
         """Remove what interrupted saves left behind."""

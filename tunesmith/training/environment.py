@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from tunesmith.config import Config
 from tunesmith.data.loading import Data
 from tunesmith.data.sources import is_hub_id, resolve_files
+from tunesmith.models.load import weights_fingerprint
 
 _PACKAGES = (
     "tunesmith",
@@ -74,10 +76,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def inputs(tokenizer: Any, data: Data) -> dict[str, str]:
-    """Fingerprints of what was read: the data files, the tokenizer and its template. Of files that are
-    streamed, names and sizes only, since they are never read as a whole; of a hub data set none."""
+def inputs(config: Config, tokenizer: Any, data: Data) -> dict[str, str]:
+    """Fingerprints of what a run begins with: the base weights, the tokenizer, its template, and the data
+    files. Of files that are streamed, names and sizes only, since they are never read as a whole; of a hub
+    data set none."""
     found = {
+        "model": weights_fingerprint(config),
         "tokenizer": _sha256(tokenizer.backend_tokenizer.to_str()),
         "chat_template": _sha256(tokenizer.chat_template or ""),
     }

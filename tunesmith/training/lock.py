@@ -16,6 +16,8 @@ import psutil
 from tunesmith.errors import ConfigError
 from tunesmith.training import durable_files
 
+LOCK = "lock.json"
+
 
 class Lock:
     """A file that names the process that holds it. One whose process is no more is taken over: there is no
@@ -28,8 +30,7 @@ class Lock:
     def acquire(self) -> None:
         """Raises ConfigError if another process holds it."""
         with _alone(self.file.parent):
-            holder = self._holder()
-            if holder is not None and _may_be_alive(holder):
+            if (holder := self.holder()) is not None:
                 raise ConfigError(
                     f"{self.file.parent}: process {holder['pid']} on {holder['host']} is at work in this run "
                     "folder. Wait for it, end it, or choose another run.name."
@@ -44,10 +45,11 @@ class Lock:
             self._is_held = False
             self.file.unlink(missing_ok=True)
 
-    def _holder(self) -> dict[str, Any] | None:
+    def holder(self) -> dict[str, Any] | None:
+        """Host and pid of the process that holds it, or None if that is no more."""
         try:
             holder = json.loads(self.file.read_text(encoding="utf-8"))
-            return {key: holder[key] for key in ("host", "pid", "started_at_s")}
+            return holder if _may_be_alive(holder) else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 

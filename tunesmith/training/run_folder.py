@@ -14,7 +14,7 @@ from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.training import durable_files
 from tunesmith.training.checkpoints import Checkpoint, Checkpoints
 from tunesmith.training.environment import environment, versions
-from tunesmith.training.lock import Lock
+from tunesmith.training.lock import LOCK, Lock
 
 Say = Callable[[str], None]
 _BLOCK = 1 << 16  # bytes of metrics.jsonl looked at in one go
@@ -59,7 +59,7 @@ class RunFolder:
         # Fingerprints of what is trained on; known once it has been read.
         self.inputs: dict[str, str] = {}
         self._resume_anyway = config.run.resume_anyway
-        self._lock = Lock(self.path / "lock.json")
+        self._lock = Lock(self.path / LOCK)
         self._made: list[Path] = []  # folders that were not there, the innermost first
         # Of many ranks the first one writes; torchrun says which that is.
         self._is_main = int(os.environ.get("RANK", "0")) == 0
@@ -108,6 +108,10 @@ class RunFolder:
             self._refuse_to_overwrite()
         else:
             self._compare_with(start, config, say)
+            if resume == "auto" and self._is_main:
+                # A kill between the last save and its deletions leaves what no later save would delete.
+                for checkpoint in self.checkpoints.superseded(start.step, start.facts()["best_step"]):
+                    durable_files.discard(checkpoint.folder)
         return start
 
     def check_inputs(self, inputs: dict[str, str], start: Checkpoint | None, say: Say) -> None:
@@ -115,7 +119,7 @@ class RunFolder:
         for settings."""
         self.inputs = inputs
         if start is not None:
-            self._refuse_changes("data or tokenizer", start.facts()["inputs"], inputs, say)
+            self._refuse_changes("base weights, data or tokenizer", start.facts()["inputs"], inputs, say)
 
     def begin(self, config: Config, start: Checkpoint | None, data: Data) -> None:
         """Write config.yaml, environment.json and data_report.json; remove what steps after the start had
