@@ -67,8 +67,10 @@ OWNED_TRAINER_ARGS = {
     "prediction_loss_only": "nothing: evaluation computes the loss",
     "disable_tqdm": "nothing: tunesmith draws its own progress line",
     "label_smoothing_factor": "train.label_smoothing",
-    "deepspeed": "nothing: training with sharded state is not supported yet",
-    "fsdp": "nothing: training with sharded state is not supported yet",
+    "deepspeed": "distributed.strategy (zero2 or zero3) and distributed.config",
+    "fsdp": "distributed.strategy (fsdp)",
+    "fsdp_config": "distributed.config",
+    "ddp_timeout": "distributed.timeout_s",
     "use_liger_kernel": "nothing: it replaces the loss, whose masks and weights tunesmith owns",
 }
 
@@ -179,6 +181,48 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
         lambda c: c.adapter.method == "none" and c.model.quantization != "none",
         "model.quantization is {c.model.quantization}, but adapter.method is none, and quantised weights "
         "cannot be trained in full. Set adapter.method to lora, or model.quantization to none",
+    ),
+    (
+        ("distributed.strategy", "model.quantization"),
+        lambda c: c.distributed.strategy in ("fsdp", "zero3") and c.model.quantization != "none",
+        "distributed.strategy is {c.distributed.strategy}, but weights in {c.model.quantization} cannot be "
+        "shared out. Use ddp or zero2, where each process holds the whole (small) base, or set "
+        "model.quantization to none",
+    ),
+    (
+        ("distributed.strategy", "train.optimizer"),
+        lambda c: c.distributed.strategy != "ddp" and c.train.optimizer not in ("adamw", "sgd"),
+        "distributed.strategy is {c.distributed.strategy}, which shares out the state of adamw and sgd only, "
+        "and train.optimizer is {c.train.optimizer}. Set it to adamw, or the strategy to ddp",
+    ),
+    (
+        ("distributed.strategy", "train.on_bad_step"),
+        lambda c: c.distributed.strategy in ("zero2", "zero3") and c.train.on_bad_step != "stop",
+        "train.on_bad_step is {c.train.on_bad_step}, but with distributed.strategy {c.distributed.strategy} "
+        "a step has been made before it can be judged. Set it to stop, or the strategy to fsdp or ddp",
+    ),
+    (
+        ("distributed.strategy", "train.on_bad_step"),
+        lambda c: c.distributed.strategy == "fsdp" and c.train.on_bad_step == "rollback",
+        "train.on_bad_step is rollback, but with distributed.strategy fsdp the weights are shared out and "
+        "cannot be taken back in a running process. Set it to skip or stop, or the strategy to ddp",
+    ),
+    (
+        ("distributed.offload", "distributed.strategy"),
+        lambda c: (
+            (c.distributed.offload, c.distributed.strategy)
+            not in {("none", name) for name in ("ddp", "fsdp", "zero2", "zero3")}
+            | {("all", "fsdp"), ("optimizer", "zero2"), ("optimizer", "zero3"), ("all", "zero3")}
+        ),
+        "distributed.offload is {c.distributed.offload}, which distributed.strategy "
+        "{c.distributed.strategy} does not know: fsdp has none and all, zero2 none and optimizer, zero3 all "
+        "three, ddp none",
+    ),
+    (
+        ("distributed.config", "distributed.strategy"),
+        lambda c: c.distributed.strategy == "ddp" and c.distributed.config is not None,
+        "distributed.config is set, but with distributed.strategy ddp nothing reads it. Set the strategy to "
+        "fsdp, zero2 or zero3, or remove it",
     ),
 ]
 

@@ -61,8 +61,8 @@ FORMER_NAMES = {
     "num_epochs": "train.epochs",
     "warmup_ratio": "train.warmup",
     "optim": "train.optimizer",
-    "fsdp": "distributed (which is not supported yet)",
-    "deepspeed": "distributed (which is not supported yet)",
+    "fsdp": "distributed.strategy",
+    "deepspeed": "distributed.config",
 }
 
 

@@ -294,6 +294,24 @@ class CheckpointConfig(Section):
     on to the next one, `stop` ends the run. The last complete checkpoint stays as it was."""
 
 
+class DistributedConfig(Section):
+    """How several processes share one run. Nothing else in a config depends on their number."""
+
+    strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
+    """What each process holds: `ddp` all of model, gradients and optimiser (and so does one process alone);
+    `fsdp` a share of each (FSDP2, Zhao et al. 2023, arXiv:2304.11277); `zero2` all of the model and a share
+    of gradients and optimiser, `zero3` a share of each (DeepSpeed ZeRO, Rajbhandari et al. 2020,
+    arXiv:1910.02054; needs `tunesmith[deepspeed]`)."""
+    config: Text | dict[str, JsonValue] | None = None
+    """Settings of the engine as it knows them, written here or in a JSON file: a DeepSpeed config, whose
+    `"auto"` are filled in, or the `fsdp_config` of transformers. They go before ours."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep in the processor's memory, instead of the accelerator's: the optimiser's state (`zero2`, `zero3`),
+    or weights and gradients too (`fsdp`, `zero3`)."""
+    timeout_s: PositiveInt = 1800
+    """Longest that processes wait for each other; then the run ends and says which is late."""
+
+
 class TrackingConfig(Section):
     """Experiment trackers, beside `metrics.jsonl` which is always written."""
 
@@ -315,6 +333,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

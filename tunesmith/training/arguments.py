@@ -13,6 +13,7 @@ from tunesmith.config import Config
 from tunesmith.errors import ConfigError, MissingExtraError
 from tunesmith.models.devices import default_device
 from tunesmith.packing.plan import StepPlan
+from tunesmith.training.strategy import strategy_arguments
 
 _OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -54,7 +55,7 @@ def training_arguments(config: Config, plan: StepPlan, folder: Path, *, dtype: t
             raise MissingExtraError(f"train.optimizer={train.optimizer}", "bitsandbytes", "quant")
     steps = num_steps(config, plan)
     warmup_steps = int(train.warmup) if train.warmup >= 1 else round(train.warmup * steps)
-    extra: dict[str, Any] = {}
+    extra = strategy_arguments(config.distributed)
     if train.schedule == "cosine_with_min_lr":
         extra["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
     elif train.schedule == "warmup_stable_decay":

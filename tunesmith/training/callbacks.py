@@ -51,6 +51,18 @@ class Schedule(TrainerCallback):
         control.should_save = step % self.save_every == 0 or is_last
 
 
+class BeforeFirstStep(TrainerCallback):
+    """Calls something once, when the engine has the model and no step has been made."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call: Callable[[], None] | None = call
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call()
+
+
 class StopOnSignal(TrainerCallback):
     """SIGINT and SIGTERM finish the step (and an evaluation under way), save and end the run; a second one
     ends it at once. Of several ranks it is enough that one is told."""

@@ -26,6 +26,7 @@ FREE_TO_CHANGE = (
     "run.resume_anyway",
     "run.output_dir",
     "checkpoint",
+    "distributed",
     "tracking",
     "eval",
     "train.epochs",

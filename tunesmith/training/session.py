@@ -16,13 +16,13 @@ from tunesmith.errors import CheckpointError, Interrupted
 from tunesmith.models.adapt import count_parameters
 from tunesmith.models.cost import enable_gradient_checkpointing, training_cost
 from tunesmith.models.devices import compute_dtype, matmul_flops_per_second
-from tunesmith.models.save import write_artifact
+from tunesmith.models.save import artifact_weights, write_artifact
 from tunesmith.packing.collate import collate_flat, collate_tree
 from tunesmith.training import durable_files
 from tunesmith.training.answers import Question, answer, questions, stop_ids
 from tunesmith.training.arguments import training_arguments
 from tunesmith.training.bad_step import RollBack, StepGuard
-from tunesmith.training.callbacks import KeepBest, MetricsFile, Schedule, StopOnSignal
+from tunesmith.training.callbacks import BeforeFirstStep, KeepBest, MetricsFile, Schedule, StopOnSignal
 from tunesmith.training.checkpoints import Checkpoint
 from tunesmith.training.disk import checkpoint_bytes, refuse_small_disk, weights_bytes
 from tunesmith.training.environment import versions
@@ -99,6 +99,7 @@ class Session:
                 "versions": versions(),
             },
             lora_plus_ratio=config.adapter.lora_plus_ratio,
+            strategy=config.distributed.strategy,
             callbacks=[self._line],
         )
         self.trainer.remove_callback(PrinterCallback)  # ours draws the progress
@@ -123,12 +124,18 @@ class Session:
         """Evaluate and question the model as it came. A run that goes on has done so already."""
         if start is not None:
             return
+        if self.trainer.strategy.is_shared_out:  # no rank may be able to hold the model before
+            self.trainer.add_callback(BeforeFirstStep(self._measure_untouched))
+        else:
+            self._measure_untouched()
+
+    def _measure_untouched(self) -> None:
         self._startup.mark("trainer set-up")
         if self.data.valid is not None:
             self.trainer.evaluate()
             self._startup.mark("evaluation before training")
-        if self.asked and self.is_main:
-            self._write_answers("before", self.answers())
+        if self.asked:
+            self._ask("before")
             self._startup.mark("answers before training")
 
     def train(self, start: Checkpoint | None) -> None:
@@ -184,24 +191,28 @@ class Session:
 
     def measure_tuned(self) -> None:
         """Question the tuned model."""
-        if self.asked and self.is_main:
-            self._write_answers("after", self.answers())
+        if self.asked:
+            self._ask("after")
 
     def save(self, folder: Path, metrics: dict[str, Any]) -> None:
-        """Write the model or adapter as it is now, such that the folder is whole whenever it is there. Raises
-        OSError if it cannot be; the one that is there is then as it was."""
+        """Write the model or adapter as it is now, such that the folder is whole whenever it is there; every
+        rank takes part. Raises OSError if it cannot be; the one that is there is then as it was."""
+        strategy, step = self.trainer.strategy, self.trainer.state.global_step
+        if not self.is_main and not strategy.is_shared_out:
+            return
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        weights = artifact_weights(model, self.dtype, strategy.whole, keeps=self.is_main)
         if not self.is_main:
             return
-        step = self.trainer.state.global_step
         building = durable_files.temporary(folder)
         durable_files.remove(building)
         durable_files.make_folder(building)
         try:
             write_artifact(
                 building,
-                self.trainer.accelerator.unwrap_model(self.trainer.model),
+                model,
+                weights,
                 self.tokenizer,
-                dtype=self.dtype,
                 stop_ids=self.stop_ids,
                 readme=self._card(step, metrics),
             )
@@ -226,6 +237,13 @@ class Session:
         """What `before` and `after` answers were written."""
         file = self.run.path / "answers.json"
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+    def _ask(self, when: str) -> None:
+        """The same questions of every rank where a model is shared out: all of them compute each token."""
+        if self.is_main or self.trainer.strategy.is_shared_out:
+            given = self.answers()
+            if self.is_main:
+                self._write_answers(when, given)
 
     def _write_answers(self, when: str, given: list[str]) -> None:
         content = self.read_answers() | {
