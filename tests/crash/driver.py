@@ -95,15 +95,11 @@ def _wait(pids: list[int], order: dict[str, Any], started_at: float) -> tuple[li
                     first_ended_at = first_ended_at or time.monotonic()
         now = time.monotonic()
         left = [pid for pid in pids if pid not in statuses]
-        is_over = kill_after_s is not None and now - started_at >= kill_after_s
-        if is_over:
-            kill_after_s = None
-        if is_over and order["is_alone"]:
-            doomed = [pid for pid in left if pid == pids[order["rank"]]]
-        elif is_over or (-signal.SIGKILL in statuses.values() and not order["is_alone"]):
-            doomed = left
+        is_late = kill_after_s is not None and now - started_at >= kill_after_s
+        if is_late or (-signal.SIGKILL in statuses.values() and not order["is_alone"]):
+            kill_after_s, doomed = None, left
         elif now - started_at > _LONGEST_S or now - (first_ended_at or now) > _LONGEST_ALONE_S:
-            doomed, is_hung = left, bool(left)
+            doomed, is_hung = left, is_hung or bool(left)
         else:
             doomed = []
         for pid in doomed:

@@ -308,14 +308,13 @@ def _described(kill: Point, ended: Ended, run: Path) -> tuple[str, str, str]:
     others = [status for rank, status in enumerate(ended.statuses) if rank != kill.rank]
     left = f"; the other one {'hung' if ended.is_hung else f'ended with {others[0]}'}" if alone else ""
     if kill.number is None:
-        return f"at a time{alone}", f"{kill.after_s:.2f} s", f"after {len(begun)} places{left}"
+        return "at a time", f"{kill.after_s:.2f} s", f"after {len(begun)} places"
     name, place = begun[-1] if begun else ("nothing", "")
     if name not in _TRAINING:
         place = Path(place).relative_to(run.parent).as_posix().removeprefix(f"{run.name}/")
     when = "in the midst of" if kill.is_midway else "before"
     if name == "pass":
-        counted = sum(place == other for other in begun)
-        place = f"{counted} of {place}"
+        place = f"{begun.count([name, place])} of {place}"
     is_last = " of a last, partial step" if name in _TRAINING and "last" in place else ""
     return f"{when} {name}{is_last}{alone}", str(kill.number), f"{when} {name} {place}{left}"
 
