@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from crash.harness import (
     Driver,
     Point,
@@ -27,6 +28,7 @@ from crash.harness import (
 )
 
 from tunesmith.training.run_folder import read_metrics
+from tunesmith.training.state_files import read_state
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +89,27 @@ def test_a_run_killed_again_after_it_has_gone_on_ends_as_if_it_had_not_been(
     assert outcome.fault is None, outcome
 
 
-def test_two_ranks_of_which_one_is_killed_end_as_if_it_had_not_been(driver: Driver, tmp_path: Path) -> None:
-    untouched = train_untouched(driver, "2 ranks", tmp_path)
-    for i, point in enumerate(points_of_one_rank(untouched, 4)[1::2]):
-        outcome = try_point(driver, untouched, point, f"alone-{i}")
-        assert outcome.fault is None, outcome
-        assert "the other one ended with 1" in outcome.what
+@pytest.fixture(scope="module")
+def two_ranks(driver: Driver, tmp_path_factory: pytest.TempPathFactory) -> Untouched:
+    return train_untouched(driver, "2 ranks", tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_ranks_of_which_one_is_killed_end_as_if_it_had_not_been(
+    driver: Driver, two_ranks: Untouched, rank: int
+) -> None:
+    point = [point for point in points_of_one_rank(two_ranks, 4) if point.rank == rank][1]
+    outcome = try_point(driver, two_ranks, point, f"alone-{rank}")
+    assert outcome.fault is None, outcome
+    assert "the other one ended with 1" in outcome.what
+
+
+def test_each_rank_has_a_random_state_of_its_own(two_ranks: Untouched) -> None:
+    """With one state the dropout of two ranks would be one mask, laid over both."""
+    folder = two_ranks.folder / "checkpoints" / "step-000012"
+    states = [read_state(folder / f"rng-{rank}.safetensors") for rank in (0, 1)]
+    assert not torch.equal(states[0]["torch"], states[1]["torch"])
+    assert states[0]["python"] != states[1]["python"]
 
 
 @pytest.mark.parametrize("number", range(2))
