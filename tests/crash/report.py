@@ -1,11 +1,11 @@
 """Every point: `make test-crash`, or
 
-    PYTHONPATH=tests python -m crash.report [--points N] [--processes N] [--out FILE]
+    PYTHONPATH=tests python -m crash.report [--scenario NAME] [--points N] [--processes N] [--out FILE]
 
 Kills runs before and in the midst of every file operation of one scenario, at fewer of the others, at places
 of training and at times spread over them, one rank of two alone, and what goes on again; prints a line a
 point and a table of totals, writes all of it to FILE as JSON, and exits with 1 if one did not end as the
-untouched run. `--points` tries so many only, spread over all.
+untouched run. `--points` tries so many only, spread over all, `--scenario` those of one scenario.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ _MORE, _ALONE, _TWICE = 3, 12, 12
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scenario", choices=SCENARIOS, help="this one only")
     parser.add_argument("--points", type=int, help="so many only")
     parser.add_argument("--processes", type=int, default=2, help="runs at once (default 2)")
     parser.add_argument("--out", type=Path, default=Path("runs/crash-report.json"))
@@ -53,7 +54,7 @@ def main() -> int:
     outcomes = []
     console = Console(soft_wrap=True, highlight=False)
     with tempfile.TemporaryDirectory(prefix="crash-") as folder:
-        for outcome in _try_all(Path(folder), options.points, options.processes):
+        for outcome in _try_all(Path(folder), options.scenario, options.points, options.processes):
             outcomes.append(outcome)
             verdict = "identical" if outcome.fault is None else f"FAULT: {outcome.fault}"
             console.print(
@@ -68,14 +69,14 @@ def main() -> int:
     return int(any(outcome.fault for outcome in outcomes))
 
 
-def _try_all(folder: Path, number: int | None, processes: int) -> Iterator[Outcome]:
+def _try_all(folder: Path, only: str | None, number: int | None, processes: int) -> Iterator[Outcome]:
     """In several drivers at once; in the order of the points."""
     drivers: SimpleQueue[Driver] = SimpleQueue()
     for _ in range(processes):
         drivers.put(Driver())
     tried: list[tuple[Untouched, Point]] = []
     driver = drivers.get()
-    for scenario in SCENARIOS:
+    for scenario in [only] if only else SCENARIOS:
         untouched = train_untouched(driver, scenario, folder)
         tried += [(untouched, point) for point in _points(untouched)]
     drivers.put(driver)

@@ -104,6 +104,19 @@ def test_two_ranks_of_which_one_is_killed_end_as_if_it_had_not_been(
     assert "the other one ended with 1" in outcome.what
 
 
+def test_all_ranks_go_on_from_a_checkpoint_that_a_kill_left_half_replaced(
+    driver: Driver, two_ranks: Untouched
+) -> None:
+    """Rank 0 brings it back. The other one used to look before that, and to go on from the one before it."""
+    run = shutil.copytree(two_ranks.folder, two_ranks.folder.with_name("replaced") / two_ranks.folder.name)
+    (run / "checkpoints" / "step-000012").rename(run / "checkpoints" / ".step-000012.old")
+    section = {**two_ranks.config["run"], "output_dir": str(run.parent)}
+    log = run.with_suffix(".log")
+    ended = driver.run(two_ranks.config | {"run": section | {"name": run.name}}, log, ranks=2)
+    assert ended.statuses == [0, 0], log.read_text()
+    assert difference(two_ranks.folder, run) is None
+
+
 def test_each_rank_has_a_random_state_of_its_own(two_ranks: Untouched) -> None:
     """With one state the dropout of two ranks would be one mask, laid over both."""
     folder = two_ranks.folder / "checkpoints" / "step-000012"
