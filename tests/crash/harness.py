@@ -315,7 +315,7 @@ def _described(kill: Point, ended: Ended, run: Path) -> tuple[str, str, str]:
     when = "in the midst of" if kill.is_midway else "before"
     if name == "pass":
         place = f"{begun.count([name, place])} of {place}"
-    is_last = " of a last, partial step" if name in _TRAINING and "last" in place else ""
+    is_last = " of a last, partial step" if name in ("rows", "pass", "update") and "last" in place else ""
     return f"{when} {name}{is_last}{alone}", str(kill.number), f"{when} {name} {place}{left}"
 
 
