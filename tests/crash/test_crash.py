@@ -145,7 +145,7 @@ def test_a_run_that_goes_on_with_another_number_of_ranks_has_the_same_losses(
         log = tmp_path / f"{name}.log"
         if len(ranks) > 1:
             ended = driver.run(named, log, ranks=ranks[0], kill_before=["rows", "step 7"])
-            assert set(ended.statuses) == {-signal.SIGKILL}
+            assert ended.statuses[0] == -signal.SIGKILL  # another rank may have noticed before it is killed
         ended = driver.run(named, log, ranks=ranks[-1])
         assert not any(ended.statuses), log.read_text()
         assert ended.places[0].count(["rows", "step 7"]) == 1
