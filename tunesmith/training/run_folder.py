@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunesmith.config import Config, dump_config
 from tunesmith.data.loading import Data
 from tunesmith.errors import CheckpointError, ConfigError
@@ -101,6 +103,7 @@ class RunFolder:
             self._lock.acquire()
             durable_files.clean(self.path)
             self.checkpoints.clean()
+        _wait_for_all_ranks()  # one that looks sooner may miss a checkpoint that `clean` brings back
         if isinstance(resume, int):
             start: Checkpoint | None = self.checkpoints.at(resume)
         else:
@@ -248,6 +251,13 @@ def _is_line_until(line: bytes, step: int) -> bool:
         return line.endswith(b"\n") and bool(json.loads(line)["step"] <= step)
     except ValueError:
         return False
+
+
+def _wait_for_all_ranks() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun sets it
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

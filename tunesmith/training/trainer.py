@@ -177,6 +177,8 @@ class PackTrainer(Trainer):
             self.state.max_steps = checkpoint.step
             return None
         self._resume_step = checkpoint.step if checkpoint else 0
+        if checkpoint is None and self.args.process_index:
+            self._seed_this_rank()  # all built the model from one seed, and would drop out the same
         if self.optimizer is not None:
             self.optimizer = self.lr_scheduler = None  # made anew, and filled from the checkpoint
             if self.neftune_noise_alpha is not None:
@@ -520,7 +522,10 @@ class PackTrainer(Trainer):
         if file.is_file():
             restore_random_state(read_state(file))
         else:
-            set_seed((self.args.seed + 1_000_003 * rank + self._resume_step) % 2**32)
+            self._seed_this_rank()
+
+    def _seed_this_rank(self) -> None:
+        set_seed((self.args.seed + 1_000_003 * self.args.process_index + self._resume_step) % 2**32)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Of what is logged the trainer's state keeps evaluations alone, which decide what is best: with
