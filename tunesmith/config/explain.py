@@ -30,7 +30,7 @@ from tunesmith.config.schema import Config
 from tunesmith.config.yaml_text import FLOAT_PATTERN, INT_PATTERN, Document, KeyPath, Problem, dotted, show
 
 # Put in for what is wrong or missing, so that the contradictions among the rest can be found.
-_STAND_INS: dict[tuple[str, str], str] = {("model", "path"): "missing", ("data", "train"): "missing"}
+_STAND_INS: dict[tuple[str, str], str] = {("data", "train"): "missing"}
 
 
 def correct_keys(document: Document) -> tuple[list[Problem], set[KeyPath]]:

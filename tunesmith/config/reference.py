@@ -21,8 +21,8 @@ _HEAD = """\
 
 Made from the schema by `python -m tunesmith.config.reference > docs/config.md`; do not edit.
 
-A config is a YAML file of the sections below. A minimal one names `model.path` and `data.train`; every
-other key has a default. Any key can be set on the command line as `section.key=value`, and
+A config is a YAML file of the sections below. A minimal one names `model.path` (or `model.config`) and
+`data.train`; every other key has a default. Any key can be set on the command line as `section.key=value`, and
 `data.train[0].weight=2` reaches into a list. An empty section stands for its defaults. YAML is read as
 version 1.2 has it: `1e-4` is a number, `no` is text, `010` is no number, and a quoted number is text.
 Editors complete and check a config that begins with `# yaml-language-server: $schema=` and the path of

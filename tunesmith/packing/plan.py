@@ -77,6 +77,15 @@ class StepPlan:
         named = [[names[n] for n in bin_] for bin_ in bins]
         return [named[rank :: self.num_ranks] for rank in range(self.num_ranks)]
 
+    def tokens_of(self, num_steps: int) -> float:
+        """Tokens of so many steps: as many a row as the first epoch has on average."""
+        rows = self.rows_of_epoch(0)
+        before = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        tokens = before[self.row_starts[rows + 1]] - before[self.row_starts[rows]]
+        epochs, rest = divmod(num_steps, self.steps_per_epoch)
+        num_rows = epochs * len(rows) + min(rest * self.batch_size, len(rows))
+        return float(tokens.mean() * num_rows) if len(rows) else 0.0
+
     def pass_tokens(self, examples: Sequence[int]) -> int:
         """Tokens of one pass, shared ones once (at most a few more than there are)."""
         chosen = np.array(examples, dtype=np.int64)
