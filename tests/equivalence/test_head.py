@@ -127,7 +127,16 @@ def test_losses_and_gradients_are_those_of_cross_entropy_on_logits(case, smoothi
         )
     expected, sure, unsure = (
         with_gradients(
-            plain_losses, leaves, trained, outer.double(), t, weights, f, smoothing, z_loss, dtype=torch.float64
+            plain_losses,
+            leaves,
+            trained,
+            outer.double(),
+            t,
+            weights,
+            f,
+            smoothing,
+            z_loss,
+            dtype=torch.float64,
         )
         for t, f in (
             (targets, change),
@@ -167,8 +176,8 @@ def test_in_bfloat16_the_head_is_as_near_to_the_truth_as_torch_is(large, lora, s
 
 
 def test_a_z_loss_adds_its_coefficient_times_the_square_of_log_z():
-    """Logits that are all equal to a: log Z = a + log V. A row of the gradient is softmax - target, and 2 c log Z
-    / V more for every token of the vocabulary."""
+    """Logits that are all equal to a: log Z = a + log V. A row of the gradient is softmax - target, and 2 c
+    log Z / V more for every token of the vocabulary."""
     hidden = torch.tensor([[3.0], [-2.0]], requires_grad=True)
     weight = torch.ones(8, 1, requires_grad=True)
     targets, weights, c = torch.tensor([1, 6]), torch.tensor([1.0, 0.5]), 0.01
@@ -299,7 +308,9 @@ def losses_and_reference(model):
     head = loss_head(model)
     assert head is not None
     torch.manual_seed(1)
-    found = head(model, targets, weights, z_loss=0.1, input_ids=ids, use_cache=False, logits_to_keep=positions)
+    found = head(
+        model, targets, weights, z_loss=0.1, input_ids=ids, use_cache=False, logits_to_keep=positions
+    )
     torch.manual_seed(1)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits[0]
     nll = F.cross_entropy(logits, targets, reduction="none")

@@ -81,7 +81,9 @@ def test_what_a_changed_field_decides_is_decided_anew(tmp_path):
     CONFIG_MAPPING["qwen3"](
         hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64
     ).save_pretrained(tmp_path / "b")
-    assert made(tmp_path / "b", {"hidden_size": 64}).head_dim == 64  # 128 / 4 it never was: a choice, which stays
+    assert (
+        made(tmp_path / "b", {"hidden_size": 64}).head_dim == 64
+    )  # 128 / 4 it never was: a choice, which stays
     gemma = CONFIG_MAPPING["gemma2"](num_hidden_layers=6)
     gemma.save_pretrained(tmp_path / "c")
     for layers in (3, 8):
@@ -98,13 +100,15 @@ def test_a_mapping_changes_what_it_names(tmp_path):
 def test_the_vocabulary_is_the_tokenizers_rounded_up_to_a_multiple_of_64(qwen):
     assert made(qwen).vocab_size == 320
     assert made(qwen, {**SMALL, "vocab_size": 300}).vocab_size == 300  # asked for: left as it is
-    with pytest.raises(ModelError, match=r"vocab_size=258, but the tokenizer has 259 tokens. .* it is then 320\."):
+    with pytest.raises(
+        ModelError, match=r"vocab_size=258, but the tokenizer has 259 tokens. .* it is then 320\."
+    ):
         made(qwen, {**SMALL, "vocab_size": 258})
 
 
 def test_special_tokens_are_the_tokenizers_and_no_row_is_kept_from_training(qwen):
-    """transformers leaves out the row of the pad token, drawing and training; the tokenizer's is also its EOS,
-    which ends documents."""
+    """transformers leaves out the row of the pad token, drawing and training; the tokenizer's is also its
+    EOS, which ends documents."""
     model = built(config_of(qwen))
     tokenizer = tiny_tokenizer()
     assert (model.config.bos_token_id, model.config.eos_token_id) == (0, 1)
@@ -133,18 +137,22 @@ def test_positions_reach_as_far_as_the_rows(qwen):
     [
         (
             {"hiden_size": 64},
-            r"model.config_changes.hiden_size: the config of .*config.json \(qwen2\) has no such field to change. "
+            r"model.config_changes.hiden_size: the config of .*config.json \(qwen2\) has no such field to "
+            r"change. "
             r"Did you mean hidden_size",
         ),
         ({"zzzzzz": 1}, r"zzzzzz: .* It has .*hidden_size.*vocab_size"),
         ({"model_type": "llama"}, r"model_type: .* name another config"),
         (
             SMALL | {"hidden_size": 66},
-            r"hidden_size=66 does not divide over num_attention_heads=4. Use hidden_size 64 or 68, or 3 heads",
+            r"hidden_size=66 does not divide over num_attention_heads=4. Use hidden_size 64 or 68, "
+            r"or 3 heads",
         ),
-        (SMALL | {"num_key_value_heads": 3}, r"num_attention_heads=4 does not divide over num_key_value_heads=3. "
-         r"Use one of 1, 2, 4\."),
-        (SMALL | {"hidden_size": 60, "num_key_value_heads": 4}, r"heads of 15 numbers cannot be turned in pairs"),
+        (
+            SMALL | {"num_key_value_heads": 3},
+            r"num_attention_heads=4 does not divide over num_key_value_heads=3. Use one of 1, 2, 4\.",
+        ),
+        (SMALL | {"hidden_size": 60}, r"heads of 15 numbers cannot be turned in pairs"),
         (SMALL | {"hidden_size": "64"}, r"config.json: .*hidden_size"),
         (SMALL | {"hidden_act": "sillu"}, r"no model can be made by it: .*sillu"),
         (SMALL | {"num_hidden_layers": -1}, r"num_hidden_layers|cannot"),
@@ -206,11 +214,15 @@ def test_scaled_weights_divide_residual_projections_by_the_root_of_twice_the_lay
     [
         ("gpt_neox", {}, {"attention.dense", "mlp.dense_4h_to_h"}),
         ("phi", {}, {"self_attn.dense", "mlp.fc2"}),
-        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64}, {"self_attn.out_proj", "fc2"}),  # fc1 is square too
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 64}, {"self_attn.out_proj", "fc2"}),  # square fc1
         ("cohere", {}, {"self_attn.o_proj", "mlp.down_proj"}),
         ("mamba", {}, {"mixer.out_proj"}),
-        # 4 experts of which a pass of 8 tokens may visit few, and a router of as many outputs as the stream
-        ("qwen3_moe", {"num_experts": 64, "moe_intermediate_size": 32}, {"self_attn.o_proj", "mlp.experts.down_proj"}),
+        # experts of which a pass of 8 tokens visits few, and a router of as many outputs as the stream
+        (
+            "qwen3_moe",
+            {"num_experts": 64, "moe_intermediate_size": 32},
+            {"self_attn.o_proj", "mlp.experts.down_proj"},
+        ),
         ("mixtral", {"num_local_experts": 64}, {"self_attn.o_proj", "mlp.experts.down_proj"}),
     ],
 )  # fmt: skip
@@ -237,7 +249,10 @@ def test_an_architecture_that_scales_by_itself_is_not_scaled_twice(tmp_path):
     for name in found:
         std = dict(model.named_parameters())[name].std().item()
         assert std == pytest.approx(0.02 / math.sqrt(6), rel=0.05)
-    assert "projections into the residual stream are not scaled: the architecture draws them smaller itself" in said
+    assert (
+        "projections into the residual stream are not scaled: the architecture draws them smaller itself"
+        in said
+    )
 
 
 def test_sizes_are_counted_with_embeddings_apart(tmp_path):
@@ -251,8 +266,8 @@ def test_sizes_are_counted_with_embeddings_apart(tmp_path):
         f"({4096000 / total:.0f} %), {layers:,} are layers"
     )
     assert second == (
-        f"this run has {5 * total:,} tokens, 5.00 a parameter; compute-optimal training has about 20 a parameter "
-        f"(Hoffmann et al. 2022): {20 * total:,} tokens"
+        f"this run has {5 * total:,} tokens, 5.00 a parameter; compute-optimal training has about 20 a "
+        f"parameter (Hoffmann et al. 2022): {20 * total:,} tokens"
     )
     tied = built(config_of(family_config("llama", tmp_path), {}))
     assert f"{320 * 64:,} are embeddings" in size_lines(tied, 1, is_known=False)[0]

@@ -177,6 +177,14 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
         "of them. Remove one, or set it to null",
     ),
     (
+        ("train.batch_size_warmup", "train.batch_size"),
+        lambda c: (
+            c.train.batch_size_warmup is not None and c.train.batch_size_warmup.start >= c.train.batch_size
+        ),
+        "train.batch_size_warmup.start is {c.train.batch_size_warmup.start}, not below train.batch_size "
+        "{c.train.batch_size}, which it grows to. Lower it",
+    ),
+    (
         ("train.min_learning_rate", "train.learning_rate"),
         lambda c: (
             c.train.min_learning_rate is not None

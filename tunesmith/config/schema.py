@@ -78,8 +78,8 @@ class ModelConfig(Section):
     path: Text | None = None
     """Folder or hub id of the base model. Only safetensors weights are read."""
     config: Text | None = None
-    """In place of `path`: folder, hub id or JSON file of a model's config. The model is made by it with random
-    weights drawn from `run.seed`, and all of it is trained; no weights are read. Its vocabulary is the
+    """In place of `path`: folder, hub id or JSON file of a model's config. The model is made by it with
+    random weights drawn from `run.seed`, and all of it is trained; no weights are read. Its vocabulary is the
     tokenizer's, rounded up to a multiple of 64."""
     config_changes: dict[str, JsonValue] = {}
     """Fields of that config to change, such as `{hidden_size: 256, num_hidden_layers: 8}`. A mapping changes
@@ -139,8 +139,8 @@ class AdapterConfig(Section):
     """What is trained: small matrices beside the model (LoRA), or the model itself (`none`)."""
 
     method: Literal["lora", "none"] | None = None
-    """`lora` (Hu et al. 2021, arXiv:2106.09685) or `none`, which trains the model itself. Default: `lora`; with
-    `model.config`, `none`."""
+    """`lora` (Hu et al. 2021, arXiv:2106.09685) or `none`, which trains the model itself. Default: `lora`;
+    with `model.config`, `none`."""
     r: PositiveInt = 16
     """Rank. 16 on all linear layers is the QLoRA paper's finding that rank matters less than coverage."""
     alpha: PositiveFloat = 32
@@ -240,6 +240,15 @@ class DataConfig(Section):
     """Folder of the prepared data. Default: `tunesmith/data` below the user's cache folder."""
 
 
+class BatchSizeWarmup(Section):
+    """How the number of rows per step grows at the beginning."""
+
+    start: PositiveInt
+    """Rows of the first step."""
+    steps: PositiveInt
+    """Steps until there are `train.batch_size` rows."""
+
+
 class TrainConfig(Section):
     """The optimisation."""
 
@@ -249,14 +258,17 @@ class TrainConfig(Section):
     """Optimiser steps to stop after, instead of `epochs`."""
     batch_size: PositiveInt = 16
     """Rows per optimiser step over all ranks. Packing, micro-batches and rank count do not change it."""
+    batch_size_warmup: BatchSizeWarmup | None = None
+    """Let steps begin with fewer rows and grow evenly, such as `{start: 4, steps: 100}` (GPT-3, Brown et al.
+    2020, arXiv:2005.14165, appendix B). A run of so many epochs has more steps then."""
     micro_batch_tokens: PositiveInt | None = None
     """Most tokens in one forward pass; a prefix that rows share counts once. It bounds memory and does not
     change the result. Default: chosen when the run starts, from the memory that is free and what larger
     passes would save; config.yaml of the run says what was chosen, and the run goes on with it after a
     stop."""
     learning_rate: PositiveFloat | None = None
-    """Peak learning rate. Default 2e-4 for LoRA (QLoRA paper, table 9), 1e-5 for full fine-tuning, and 6e-4 for
-    a model from scratch (125M parameters in GPT-3's table 2.1, Brown et al. 2020, arXiv:2005.14165, which
+    """Peak learning rate. Default 2e-4 for LoRA (QLoRA paper, table 9), 1e-5 for full fine-tuning, and 6e-4
+    for a model from scratch (125M parameters in GPT-3's table 2.1, Brown et al. 2020, arXiv:2005.14165, which
     takes 2e-4 at 1.3B and 1.2e-4 at 6.7B)."""
     schedule: Literal[
         "cosine", "linear", "constant", "cosine_with_min_lr", "inverse_sqrt", "warmup_stable_decay"

@@ -17,8 +17,8 @@ def weighted_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """weight * (-log softmax(logits)[target] + z_loss * log(Z)^2) of each prediction, in nats: [P] float32. Z is
-    the sum of exp(logits) (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
+    """weight * (-log softmax(logits)[target] + z_loss * log(Z)^2) of each prediction, in nats: [P] float32. Z
+    is the sum of exp(logits) (Chowdhery et al. 2022, arXiv:2204.02311, section 5).
 
     logits [P, V] of any floating type (the softmax is taken in float32); targets [P] int64; weights [P]
     float32. Not a mean: the caller divides by the weight of the whole optimiser step, of which these

@@ -43,7 +43,8 @@ def training_cost(model: Any) -> Cost:
 
 
 # Tokens a parameter that a given amount of computation is spent best with: Hoffmann et al. 2022
-# (arXiv:2203.15556), table 3 (1.4T tokens for 67B parameters, 20.2B for 1B). All parameters count, embeddings too.
+# (arXiv:2203.15556), table 3 (1.4T tokens for 67B parameters, 20.2B for 1B). All parameters count, embeddings
+# too.
 OPTIMAL_TOKENS_PER_PARAMETER = 20
 
 
@@ -60,8 +61,8 @@ def size_lines(model: Any, tokens: float, *, is_known: bool) -> list[str]:
     return [
         f"of {total:,} parameters {embedding:,} are embeddings and output head "
         f"({100 * embedding / total:.0f} %), {total - embedding:,} are layers",
-        f"this run has {at_most}{tokens:,.0f} tokens, {tokens / total:,.2f} a parameter; compute-optimal training "
-        f"has about {OPTIMAL_TOKENS_PER_PARAMETER} a parameter (Hoffmann et al. 2022): {optimal:,} tokens",
+        f"this run has {at_most}{tokens:,.0f} tokens, {tokens / total:,.2f} a parameter; compute-optimal "
+        f"training has about {OPTIMAL_TOKENS_PER_PARAMETER} a parameter (Hoffmann et al. 2022): {optimal:,} tokens",
     ]
 
 

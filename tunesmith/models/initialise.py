@@ -79,14 +79,14 @@ def scratch_config(config: Config, tokenizer: Any) -> Any:
     if (getattr(text, "max_position_embeddings", None) or config.data.max_length) < config.data.max_length:
         text.max_position_embeddings = config.data.max_length  # there is no length it was trained for
     tokens = vocabulary_size(tokenizer)
-    asked = changes.get("vocab_size")
-    if asked is not None and asked < tokens:
+    is_asked = "vocab_size" in changes
+    if is_asked and text.vocab_size < tokens:
         raise ModelError(
-            f"model.config_changes.vocab_size={asked}, but the tokenizer has {tokens} tokens. Leave it out: it "
-            f"is then {_rounded(tokens)}."
+            f"model.config_changes.vocab_size={text.vocab_size}, but the tokenizer has {tokens} tokens. "
+            f"Leave it out: it is then {_rounded(tokens)}."
         )
     for part in {id(part): part for part in (made, text)}.values():
-        if asked is None:
+        if not is_asked:
             part.vocab_size = _rounded(tokens)
         part.bos_token_id, part.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
         part.pad_token_id = None  # see _name_pad_token
@@ -124,9 +124,7 @@ def _read(config: Config) -> tuple[Any, dict[str, Any]]:
         raise ModelError(f"model.config={place}: there is no such file.")
     where = {"revision": config.model.revision}
     try:
-        base = AutoConfig.from_pretrained(
-            place, trust_remote_code=config.model.trust_remote_code, **where
-        )
+        base = AutoConfig.from_pretrained(place, trust_remote_code=config.model.trust_remote_code, **where)
         raw, _ = PreTrainedConfig.get_config_dict(place, **where)
     except Exception as error:  # ours to tell, whatever a file that is no config makes it raise
         raise ModelError(f"model.config={place}: no config there: {_short(error)}") from error
@@ -145,8 +143,8 @@ def _refuse_unknown(changes: Mapping[str, Any], kind: Any, raw: Mapping[str, Any
             if name == "model_type":
                 hint = "It decides what all others mean: name another config."
             raise ModelError(
-                f"model.config_changes.{name}: the config of {place} ({kind.model_type}) has no such field to "
-                f"change. {hint}"
+                f"model.config_changes.{name}: the config of {place} ({kind.model_type}) has no such field "
+                f"to change. {hint}"
             )
 
 
@@ -162,7 +160,9 @@ def _changed(raw: Mapping[str, Any], base: Any, changes: Mapping[str, Any]) -> d
         if fields.get("num_key_value_heads") == heads and "num_attention_heads" in changes:
             fields["num_key_value_heads"] = changes["num_attention_heads"]  # it shared none, and goes on so
     if isinstance(layers, int) and isinstance(new_layers, int) and new_layers != layers:
-        for name in [name for name, value in fields.items() if isinstance(value, list) and len(value) == layers]:
+        for name in [
+            name for name, value in fields.items() if isinstance(value, list) and len(value) == layers
+        ]:
             fields[name] = fields[name][:new_layers]  # what each layer is
             if new_layers > layers:
                 del fields[name]
@@ -192,14 +192,14 @@ def _check_heads(text: Any, place: str) -> None:
         divisors = [n for n in range(1, hidden + 1) if hidden % n == 0 and (hidden // n) % 2 == 0]
         near = min(divisors, key=lambda n: abs(n - heads), default=1)
         raise ModelError(
-            f"model.config={place}: hidden_size={hidden} does not divide over num_attention_heads={heads}. Use "
-            f"hidden_size {below or heads} or {below + heads}, or {near} heads."
+            f"model.config={place}: hidden_size={hidden} does not divide over num_attention_heads={heads}. "
+            f"Use hidden_size {below or heads} or {below + heads}, or {near} heads."
         )
     size = own or hidden // heads
     if size % 2 and getattr(text, "rope_parameters", None):
         raise ModelError(
-            f"model.config={place}: heads of {size} numbers cannot be turned in pairs by rotary positions. Make "
-            "hidden_size / num_attention_heads (or head_dim) even."
+            f"model.config={place}: heads of {size} numbers cannot be turned in pairs by rotary positions. "
+            "Make hidden_size / num_attention_heads (or head_dim) even."
         )
     if isinstance(groups, int) and (groups < 1 or heads % groups):
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
@@ -223,8 +223,8 @@ def scale_residual_projections(model: Any, say: Say = lambda _: None) -> list[st
     outputs then has the variance of one (Radford et al. 2019, section 2.3). Those that the architecture has
     drawn smaller already (GPT-2's own) stay. Returns the names of those that were scaled."""
     text = model.config.get_text_config()
-    layers, std = getattr(text, "num_hidden_layers", None), getattr(text, "initializer_range", None)
-    std = std or _STANDARD_STD
+    layers = getattr(text, "num_hidden_layers", None) or 0
+    std = getattr(text, "initializer_range", None) or _STANDARD_STD
     found = residual_projections(model) if layers else []
     parameters = dict(model.named_parameters())
     # A sample of 2,000 numbers has its standard deviation to 2 %; dividing by sqrt(2) changes it by 29 %.

@@ -29,7 +29,7 @@ def num_steps(config: Config, plan: StepPlan) -> int:
     if config.train.max_steps is not None:
         return config.train.max_steps
     assert config.train.epochs is not None
-    return max(1, round(config.train.epochs * plan.steps_per_epoch))
+    return plan.steps.num_steps(config.train.epochs)
 
 
 def training_arguments(config: Config, plan: StepPlan, folder: Path, *, dtype: torch.dtype) -> Any:

@@ -238,7 +238,7 @@ class Session:
         """What happens between steps, in this order: when to log, evaluate and save comes first."""
         config, arguments = self.config, self.trainer.args
         schedule = Schedule(
-            steps_per_epoch=self.plan.steps_per_epoch,
+            steps=self.plan.steps,
             log_every=config.train.log_every_steps,
             evaluate_every=config.eval.every_steps,
             save_every=config.checkpoint.every_steps,
@@ -292,7 +292,9 @@ class Session:
         say(f"trained parameters: {trained:,} of {total:,} ({100 * trained / total:.2f} %)")
         if self.config.model.is_from_scratch:
             is_known = self.config.data.loading == "cached"
-            for line in size_lines(model, self.plan.tokens_of(self.trainer.args.max_steps), is_known=is_known):
+            for line in size_lines(
+                model, self.plan.tokens_of(self.trainer.args.max_steps), is_known=is_known
+            ):
                 say(line)
         for report in train.reports:
             for line in report.lines():
