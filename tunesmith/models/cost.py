@@ -62,7 +62,8 @@ def size_lines(model: Any, tokens: float, *, is_known: bool) -> list[str]:
         f"of {total:,} parameters {embedding:,} are embeddings and output head "
         f"({100 * embedding / total:.0f} %), {total - embedding:,} are layers",
         f"this run has {at_most}{tokens:,.0f} tokens, {tokens / total:,.2f} a parameter; compute-optimal "
-        f"training has about {OPTIMAL_TOKENS_PER_PARAMETER} a parameter (Hoffmann et al. 2022): {optimal:,} tokens",
+        f"training has about {OPTIMAL_TOKENS_PER_PARAMETER} a parameter (Hoffmann et al. 2022): "
+        f"{optimal:,} tokens",
     ]
 
 
