@@ -83,14 +83,10 @@ def byte_name(byte):
     return chr(byte) if byte in plain else chr(256 + others.index(byte))
 
 
-@given(text=st.text())
+@given(text=st.text(st.characters(exclude_categories=["Cs", "Cn"])))
 def test_any_text_comes_back_composed(trained, text):
     """As Qwen2's: what is written as a letter and its accent comes back as one (NFC)."""
-    composed = unicodedata.normalize("NFC", text)
-    if (
-        unicodedata.is_normalized("NFD", text) or composed == text
-    ):  # tables of Unicode differ in recent letters
-        assert round_trip(trained[2], composed) == composed
+    assert round_trip(trained[2], text) == unicodedata.normalize("NFC", text)
 
 
 @pytest.mark.parametrize("name", ["wiki_demo.txt", "gsm8k_train.jsonl", "alpaca_en_demo.json"])
@@ -247,8 +243,8 @@ def test_bad_rows_are_counted_and_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("content", "options", "error", "message"),
     [
-        ('{"text": "a"}', {"vocab_size": 258}, ConfigError, r"--vocab-size 258: expected 259 or more \(256 bytes"),
-        ('{"text": "abab abab"}', {"vocab_size": 300}, DataError, r"pairs for only 26\d tokens. Use --vocab-size 26"),
+        ('{"text": "a"}', {"vocab_size": 258}, ConfigError, r"258: expected 259 or more \(256 bytes"),
+        ('{"text": "abab abab"}', {"vocab_size": 300}, DataError, r"only 26\d tokens. Use --vocab-size 26\d"),
         ("", {}, DataError, r"c.jsonl: there is no row in it"),
         ('{"text": "a"}', {"max_bytes": 0}, ConfigError, r"--max-bytes 0: expected 1"),
         ('{"text": "a"}', {"columns": ["body"]}, ConfigError, r"--column body: expected NAME=OURS"),
