@@ -174,6 +174,37 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     verify_resume.set_defaults(run=_verify_resume)
 
+    tokenizer = verbs.add_parser(
+        "tokenizer",
+        parents=[common],
+        help="learn a tokenizer from text",
+        description="Tokenizers for models from scratch.",
+    )
+    actions = tokenizer.add_subparsers(required=True, metavar="train", dest="action")
+    train = actions.add_parser(
+        "train",
+        parents=[common],
+        help="learn a byte-level BPE tokenizer",
+        description="Learn a byte-level BPE tokenizer from files, folders, globs or hub data sets.",
+    )
+    train.add_argument("corpora", nargs="+", metavar="CORPUS", help="a path as in data.train")
+    train.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="tokens, control tokens among them"
+    )
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    train.add_argument("--base", metavar="TOKENIZER", help="tokenizer to compare with: folder or hub id")
+    train.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=OURS",
+        help="rename a column before the format is found, as data.columns does: --column body=text",
+    )
+    train.add_argument(
+        "--max-bytes", type=int, default=2**30, metavar="N", help="text to learn from (default 1 GiB)"
+    )
+    train.set_defaults(run=_train_tokenizer)
+
     demo = verbs.add_parser(
         "demo-model",
         parents=[common],
@@ -254,6 +285,20 @@ def _verify_resume(options: argparse.Namespace) -> None:
     from tunesmith.inspect.verify_resume import verify_resume
 
     verify_resume(config, at=options.at, steps=options.steps)
+
+
+def _train_tokenizer(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from tunesmith.data.train_tokenizer import train_tokenizer
+
+    train_tokenizer(
+        options.corpora,
+        vocab_size=options.vocab_size,
+        out=options.out,
+        base=options.base,
+        columns=options.column,
+        max_bytes=options.max_bytes,
+    )
 
 
 def _demo_model(options: argparse.Namespace) -> None:

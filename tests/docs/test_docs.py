@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from tiny import conversations, make_tiny_model, write_rows
 
 import tunesmith
-from tunesmith.config import Config, all_keys
+from tunesmith.config import Config, all_keys, load_config
 from tunesmith.config.keys import FORMER_NAMES, suggest_key
-from tunesmith.config.schema import Format, TrackingConfig
+from tunesmith.config.schema import Format, ModelConfig, TrackingConfig, TrainConfig
 from tunesmith.data import formats
 from tunesmith.data.decode import parse_json
 from tunesmith.data.formats import detect_format, read_record
 from tunesmith.data.report import SourceReport
 from tunesmith.data.sources import ENDINGS
 from tunesmith.data.templates import TrainOn, turn_weights
+from tunesmith.models.cost import OPTIMAL_TOKENS_PER_PARAMETER
 from tunesmith.training.run_folder import FREE_TO_CHANGE, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
@@ -270,7 +272,10 @@ def test_every_option_of_the_scripts_is_in_the_map_once(options: str) -> None:
     assert {option: ours for option, ours in found.items() if len(ours) > 1} == {}
 
 
-@pytest.mark.parametrize("name", ["docs/data.md", "docs/masks.md", "docs/runs.md", "docs/migrating.md"])
+DOCS = ("data", "masks", "runs", "migrating", "pretraining")
+
+
+@pytest.mark.parametrize("name", [f"docs/{name}.md" for name in DOCS])
 def test_every_key_that_the_docs_name_exists(name: str) -> None:
     sections = "|".join(Config.model_fields)
     named = set(re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_]+)(?![\w/(])", read(name)))
@@ -291,6 +296,32 @@ def test_options_that_a_config_is_asked_for_lead_to_the_keys_of_the_map() -> Non
         hint, right = suggest_key((option,))
         if hint.startswith("Here that is ") and right:
             assert {".".join(map(str, key)) for key in right} == set(re.findall(r"`([^`]+)`", *cells)), option
+
+
+# --- docs/pretraining.md
+
+
+def test_the_config_of_a_model_from_scratch_is_one() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", read("docs/pretraining.md"), re.DOTALL)
+    config = load_config(yaml.safe_load(text.replace("6e-5", "0.00006").replace("1e-4", "0.0001")))
+    assert (config.model.is_from_scratch, config.train.learning_rate) == (True, 6e-4)
+
+
+def test_the_tables_of_schedules_and_initialisations_have_every_value() -> None:
+    (schedules,) = tables("docs/pretraining.md", "Schedules")
+    assert set(first_cells(schedules)) == set(get_args(TrainConfig.model_fields["schedule"].annotation))
+    (initialisations,) = tables("docs/pretraining.md", "Weights")
+    assert set(first_cells(initialisations)) == set(
+        get_args(ModelConfig.model_fields["initialisation"].annotation)
+    )
+
+
+def test_the_table_of_tokens_is_twenty_a_parameter() -> None:
+    (table,) = tables("docs/pretraining.md", "Size and tokens")
+    unit = {"M": 1e6, "B": 1e9}
+    for row in table:
+        parameters, tokens = (float(cell[:-1]) * unit[cell[-1]] for cell in row)
+        assert tokens == pytest.approx(OPTIMAL_TOKENS_PER_PARAMETER * parameters)
 
 
 # --- CONTRIBUTING.md

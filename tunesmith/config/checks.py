@@ -99,13 +99,16 @@ def _set(section: Section, **values: Any) -> None:
 
 def resolve_defaults(config: Config) -> None:
     """Write out each default that depends on another setting, so that the saved config says what was run."""
-    train = config.train
+    train, is_from_scratch = config.train, config.model.is_from_scratch
+    if config.adapter.method is None:
+        _set(config.adapter, method="none" if is_from_scratch else "lora")
     if config.run.name is None:
         _set(config.run, name="run")
     if train.epochs is None and train.max_steps is None:
         _set(train, epochs=3.0)
     if train.learning_rate is None:
-        _set(train, learning_rate=1e-5 if config.adapter.method == "none" else 2e-4)
+        full = 6e-4 if is_from_scratch else 1e-5
+        _set(train, learning_rate=full if config.adapter.method == "none" else 2e-4)
 
 
 def _changed(section: Section) -> list[str]:
@@ -120,13 +123,89 @@ def _changed(section: Section) -> list[str]:
 _EVAL_KEYS = ("every_steps", "early_stopping_patience", "answer_rows")
 
 
+_NEVER_END = ("constant", "inverse_sqrt")
+
+
 # (keys read, does it hold?, message). The message may use {c}, the config.
 CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
+    (
+        ("model.path", "model.config"),
+        lambda c: c.model.path is None and c.model.config is None,
+        "model.path is missing, and so is model.config. Name the model to go on from (model.path: a folder "
+        "or hub id), or the config of one that begins with random weights (model.config)",
+    ),
+    (
+        ("model.config", "model.path"),
+        lambda c: c.model.path is not None and c.model.config is not None,
+        "model.config is {c.model.config} and model.path is {c.model.path}; a model begins with random "
+        "weights (config) or goes on from trained ones (path). Remove one",
+    ),
+    (
+        ("model.config_changes", "model.config"),
+        lambda c: bool(c.model.config_changes) and c.model.config is None,
+        "model.config_changes change the config of a model from scratch (model.config), which is not set; a "
+        "trained model has the shape it was trained with. Remove them",
+    ),
+    (
+        ("model.initialisation", "model.config"),
+        lambda c: c.model.initialisation != "scaled" and c.model.config is None,
+        "model.initialisation is {c.model.initialisation}, but weights are drawn only for a model from "
+        "scratch (model.config), which is not set. Remove it",
+    ),
+    (
+        ("adapter.method", "model.config"),
+        lambda c: c.adapter.method != "none" and c.model.config is not None,
+        "adapter.method is {c.adapter.method}, but a model from scratch (model.config) trains all of its "
+        "weights: an adapter would leave them random. Set adapter.method to none, or name trained weights "
+        "with model.path",
+    ),
+    (
+        ("model.freeze", "model.config"),
+        lambda c: bool(c.model.freeze) and c.model.config is not None,
+        "model.freeze is {c.model.freeze}, but a model from scratch (model.config) has random weights, which "
+        "would stay so. Remove it",
+    ),
+    (
+        ("model.rope_scaling", "model.config"),
+        lambda c: c.model.rope_scaling != "auto" and c.model.config is not None,
+        "model.rope_scaling is {c.model.rope_scaling}, but a model from scratch (model.config) has not been "
+        "trained at any length that could be stretched. Remove it, or set rope_parameters in "
+        "model.config_changes",
+    ),
     (
         ("train.epochs", "train.max_steps"),
         lambda c: c.train.max_steps is not None and c.train.epochs is not None,
         "train.epochs is {c.train.epochs} and train.max_steps is {c.train.max_steps}; a run ends by one "
         "of them. Remove one, or set it to null",
+    ),
+    (
+        ("train.batch_size_warmup", "train.batch_size"),
+        lambda c: (
+            c.train.batch_size_warmup is not None and c.train.batch_size_warmup.start >= c.train.batch_size
+        ),
+        "train.batch_size_warmup.start is {c.train.batch_size_warmup.start}, not below train.batch_size "
+        "{c.train.batch_size}, which it grows to. Lower it",
+    ),
+    (
+        ("train.min_learning_rate", "train.learning_rate"),
+        lambda c: (
+            c.train.min_learning_rate is not None
+            and c.train.min_learning_rate >= (c.train.learning_rate or 0.0)
+        ),
+        "train.min_learning_rate is {c.train.min_learning_rate}, not below train.learning_rate "
+        "{c.train.learning_rate}, which the schedule falls from. Lower it",
+    ),
+    (
+        ("train.min_learning_rate", "train.schedule"),
+        lambda c: c.train.min_learning_rate is not None and c.train.schedule in _NEVER_END,
+        "train.min_learning_rate is {c.train.min_learning_rate}, but train.schedule {c.train.schedule} falls "
+        "to no floor. Remove it, or use cosine, linear or warmup_stable_decay",
+    ),
+    (
+        ("train.decay", "train.schedule"),
+        lambda c: c.train.decay != 0.1 and c.train.schedule != "warmup_stable_decay",
+        "train.decay is {c.train.decay}, but train.schedule is {c.train.schedule}, which has no such phase. "
+        "Remove it, or set train.schedule to warmup_stable_decay",
     ),
     (
         ("train.micro_batch_tokens", "data.max_length"),

@@ -280,14 +280,23 @@ class LossHead:
     targets: Tensor | None = None
     weights: Tensor | None = None
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
     losses: Tensor | None = None
 
     def __call__(
-        self, model: Any, targets: Tensor, weights: Tensor, *, label_smoothing: float = 0.0, **inputs: Any
+        self,
+        model: Any,
+        targets: Tensor,
+        weights: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        **inputs: Any,
     ) -> Tensor:
         """weight * loss of each prediction [P], by a call of the model that asks for these positions
         (`logits_to_keep`)."""
-        self.targets, self.weights, self.label_smoothing = targets, weights, label_smoothing
+        self.targets, self.weights = targets, weights
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
         try:
             losses: Tensor = model(labels=targets, **inputs).loss
             return losses
@@ -350,6 +359,8 @@ def _head_forward(
         nll = torch.nn.functional.cross_entropy(
             logits, head.targets, reduction="none", label_smoothing=head.label_smoothing
         )
+        if head.z_loss:
+            nll = nll + head.z_loss * logits.logsumexp(-1).square()
         head.losses = nll * head.weights
         return hidden.new_empty((*hidden.shape[:-2], 0, logits.shape[-1]))
     head.losses = prediction_losses(
@@ -359,6 +370,7 @@ def _head_forward(
         head.weights,
         change=change,
         label_smoothing=head.label_smoothing,
+        z_loss=head.z_loss,
     )
     # The model goes on to work on logits: there are none.
     return hidden.new_empty((*hidden.shape[:-2], 0, parts.weight.shape[0]))

@@ -60,7 +60,9 @@ def sft(
         model = build_model(config, tokenizer, progress.say)
         startup.mark("model load, adapter, fuse")
         card = partial(model_card, config, data, model)
-        objective = partial(next_token_loss, label_smoothing=config.train.label_smoothing)
+        objective = partial(
+            next_token_loss, label_smoothing=config.train.label_smoothing, z_loss=config.train.z_loss
+        )
         session = Session(
             config, run, tokenizer, data, model, progress, objective=objective, card=card, startup=startup
         )

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from tunesmith.models.cost import Cost
 from tunesmith.models.devices import peak_memory_gib
+from tunesmith.packing.steps import StepRows
 from tunesmith.training.run_folder import eval_losses
 
 Metrics = dict[str, Any]
@@ -32,23 +33,27 @@ class Schedule(TrainerCallback):
     def __init__(
         self,
         *,
-        steps_per_epoch: int,
+        steps: StepRows,
         log_every: int,
         evaluate_every: int | None,
         save_every: int | None,
         evaluates: bool,
     ) -> None:
-        self.steps_per_epoch = steps_per_epoch
+        self.steps = steps
         self.log_every = log_every
-        self.evaluate_every = evaluate_every or steps_per_epoch
-        self.save_every = save_every or steps_per_epoch
+        self.evaluate_every = evaluate_every
+        self.save_every = save_every
         self.evaluates = evaluates
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step, is_last = state.global_step, state.global_step >= state.max_steps
+        state.epoch = self.steps.epochs(step)  # transformers' does not know of a batch size that warms up
         control.should_log = step % self.log_every == 0 or is_last
-        control.should_evaluate = self.evaluates and (step % self.evaluate_every == 0 or is_last)
-        control.should_save = step % self.save_every == 0 or is_last
+        control.should_evaluate = self.evaluates and (self._is_due(step, self.evaluate_every) or is_last)
+        control.should_save = self._is_due(step, self.save_every) or is_last
+
+    def _is_due(self, step: int, every: int | None) -> bool:
+        return self.steps.ends_epoch(step) if every is None else step % every == 0
 
 
 class BeforeFirstStep(TrainerCallback):

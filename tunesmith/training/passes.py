@@ -53,6 +53,8 @@ def plan_passes(
     if packing == "tree" and isinstance(rows.rows, CachedRows):
         sharing = Sharing.of_tokens(*rows.rows.token_chunks())
 
+    warmup = config.train.batch_size_warmup
+
     @functools.cache  # the size that is chosen has been planned to choose it
     def plan_of(size: int) -> StepPlan:
         return make_plan(
@@ -68,6 +70,7 @@ def plan_passes(
             one_example_a_pass=packing == "none",
             shuffle=config.data.loading != "streaming",
             sharing=sharing,
+            batch_size_warmup=(warmup.start, warmup.steps) if warmup else None,
         )
 
     need = Need(model, dtype)

@@ -14,7 +14,7 @@ from tunesmith.config import Config
 from tunesmith.data.loading import Data
 from tunesmith.errors import CheckpointError, Interrupted
 from tunesmith.models.adapt import count_parameters
-from tunesmith.models.cost import enable_gradient_checkpointing, training_cost
+from tunesmith.models.cost import enable_gradient_checkpointing, size_lines, training_cost
 from tunesmith.models.devices import compute_dtype, matmul_flops_per_second
 from tunesmith.models.save import artifact_weights, write_artifact
 from tunesmith.packing.collate import collate_flat, collate_tree
@@ -256,7 +256,7 @@ class Session:
         """What happens between steps, in this order: when to log, evaluate and save comes first."""
         config, arguments = self.config, self.trainer.args
         schedule = Schedule(
-            steps_per_epoch=self.plan.steps_per_epoch,
+            steps=self.plan.steps,
             log_every=config.train.log_every_steps,
             evaluate_every=config.eval.every_steps,
             save_every=config.checkpoint.every_steps,
@@ -308,6 +308,12 @@ class Session:
         trained, total = count_parameters(model)
         train, valid, say = self.data.train, self.data.valid, self.progress.say
         say(f"trained parameters: {trained:,} of {total:,} ({100 * trained / total:.2f} %)")
+        if self.config.model.is_from_scratch:
+            is_known = self.config.data.loading == "cached"
+            for line in size_lines(
+                model, self.plan.tokens_of(self.trainer.args.max_steps), is_known=is_known
+            ):
+                say(line)
         for report in train.reports:
             for line in report.lines():
                 say(line)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, set_seed
 from transformers.integrations import deactivate_neftune
@@ -238,12 +238,16 @@ class PackTrainer(Trainer):
     # --- optimiser
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Decay on matrices only; LoRA's B matrices at `lora_plus_ratio` times the learning rate."""
+        """Decay on matrices only, and not on tables of embeddings; LoRA's B matrices at `lora_plus_ratio`
+        times the learning rate."""
         if self.optimizer is None:
+            model = model or self.model
+            tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
             groups: dict[tuple[bool, bool], list[Any]] = {}
-            for name, parameter in (model or self.model).named_parameters():
+            for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    key = (parameter.ndim >= 2, "lora_B" in name)
+                    is_table = id(parameter) in tables or "trainable_tokens" in name
+                    key = (parameter.ndim >= 2 and not is_table, "lora_B" in name)
                     groups.setdefault(key, []).append(parameter)
             self._optimizer_groups = list(groups.values())
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -400,6 +404,7 @@ class PackTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Every rank takes part; the first one writes, and others where they share the weights out."""
         step, shards = self.state.global_step, self.strategy.num_shards
+        epoch, _, _ = self.plan.steps.place(step)
         states = gather_object([random_state()])
         if shards > 1:
             if self.args.should_save:
@@ -418,8 +423,8 @@ class PackTrainer(Trainer):
                     "shards": shards,
                     "random_states": [random_state_file(rank) for rank in range(self.args.world_size)],
                     "plan": {
-                        "epoch": step // self.plan.steps_per_epoch,
-                        "step_in_epoch": step % self.plan.steps_per_epoch,
+                        "epoch": epoch,
+                        "step_in_epoch": step - self.plan.steps.first_step(epoch),
                         "steps_per_epoch": self.plan.steps_per_epoch,
                         "batch_size": self.plan.batch_size,
                         "passes": self.plan.passes,
