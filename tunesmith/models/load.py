@@ -15,7 +15,7 @@ from tunesmith.config import Config
 from tunesmith.errors import MissingExtraError, ModelError
 from tunesmith.models.attention_choice import set_attention
 from tunesmith.models.devices import compute_dtype
-from tunesmith.models.initialise import initialise_model
+from tunesmith.models.initialise import initialise_model, scratch_config
 
 Say = Callable[[str], None]
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -104,11 +104,14 @@ def _refuse_pickles(path: str) -> None:
         )
 
 
-def weights_fingerprint(config: Config) -> str:
+def weights_fingerprint(config: Config, tokenizer: Any) -> str:
     """Tells one set of base weights from another without reading them all: the size of each file, and what
-    stands at places spread over it, which another training changes everywhere. Of a hub model its commit.
+    stands at places spread over it, which another training changes everywhere. Of a hub model its commit, of
+    one from scratch its config.
 
     Raises ModelError if there is no such model."""
+    if config.model.path is None:
+        return hashlib.sha256(scratch_config(config, tokenizer).to_json_string().encode()).hexdigest()
     folder = Path(config.model.path)
     if not folder.is_dir():
         return str(_load_model_config(config)._commit_hash)
