@@ -275,13 +275,13 @@ def try_point(driver: Driver, untouched: Untouched, point: Point, name: str) -> 
     config = untouched.config | {"run": untouched.config["run"] | {"name": name}}
     run = untouched.folder.with_name(name)
     log = run.with_suffix(".log")
-    kinds, points, whats, founds = [], [], [], []
+    kinds, points, seen, founds = [], [], [], []
     step, fault = 0, None
     for kill in point.kills():
         ended = driver.run(config, log, ranks=untouched.ranks, point=kill)
         kind, where, what = _described(kill, ended, run)
         step, found, fault = _found(run, ended.places[0], step)
-        for collected, text in zip((kinds, points, whats, founds), (kind, where, what, found), strict=True):
+        for collected, text in zip((kinds, points, seen, founds), (kind, where, what, found), strict=True):
             collected.append(text)
         if kill.number is not None and ended.statuses[kill.rank] != -signal.SIGKILL:
             fault = f"was not killed, but ended with {ended.statuses}"
@@ -297,7 +297,7 @@ def try_point(driver: Driver, untouched: Untouched, point: Point, name: str) -> 
         shutil.rmtree(run)
     kind = kinds[0] if point.then is None else "twice"
     return Outcome(
-        untouched.scenario, kind, *(", then ".join(texts) for texts in (points, whats, founds)), fault
+        untouched.scenario, kind, *(", then ".join(texts) for texts in (points, seen, founds)), fault
     )
 
 
