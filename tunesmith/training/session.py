@@ -103,6 +103,8 @@ class Session:
             callbacks=[self._line],
         )
         self.trainer.remove_callback(PrinterCallback)  # ours draws the progress
+        if self.trainer.strategy.is_shared_out:
+            self.trainer.add_callback(BeforeFirstStep(self._tell_shares))
         for callback in self._callbacks(model):
             self.trainer.add_callback(callback)
         self._tell(model, f"gradient checkpointing {'on' if passes.recomputes else 'off'}: {passes.why}")
@@ -124,7 +126,7 @@ class Session:
         """Evaluate and question the model as it came. A run that goes on has done so already."""
         if start is not None:
             return
-        if self.trainer.strategy.is_shared_out:  # no rank may be able to hold the model before
+        if self.trainer.strategy.is_shared_out:  # a device may not be able to hold the model before
             self.trainer.add_callback(BeforeFirstStep(self._measure_untouched))
         else:
             self._measure_untouched()
@@ -251,6 +253,17 @@ class Session:
             when: given,
         }
         write_json(self.run.path / "answers.json", content)
+
+    def _tell_shares(self) -> None:
+        """What a rank holds of the model, counted where it is held: an engine that was asked to share it out
+        and did not would change nothing but the memory it takes."""
+        parameters = list(self.trainer.model.parameters())
+        held = sum(map(self.trainer.strategy.num_held, parameters))
+        total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+        self.progress.say(
+            f"{self.config.distributed.strategy} over {self.trainer.args.world_size} processes: this one holds "
+            f"{held:,} of {total:,} weights between passes"
+        )
 
     def _callbacks(self, model: Any) -> list[TrainerCallback]:
         """What happens between steps, in this order: when to log, evaluate and save comes first."""

@@ -43,6 +43,10 @@ class Strategy(Protocol):
     """Whether a rank has a part only, once training has been prepared: then every rank must take part in
     each pass."""
 
+    def num_held(self, tensor: Tensor) -> int:
+        """Numbers of a parameter that this rank holds between passes. (Not collective.)"""
+        ...
+
     def whole(self, tensor: Tensor) -> Tensor:
         """All of a parameter or buffer, in the precision it is trained in."""
         ...
@@ -67,6 +71,9 @@ class Whole:
     num_shards = 1
     is_shared_out = False
 
+    def num_held(self, tensor: Tensor) -> int:
+        return tensor.numel()
+
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor
 
@@ -87,6 +94,11 @@ class Fsdp:
 
     def __init__(self, num_ranks: int) -> None:
         self.num_shards = num_ranks
+
+    def num_held(self, tensor: Tensor) -> int:
+        from torch.distributed.tensor import DTensor
+
+        return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
 
     def whole(self, tensor: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
@@ -136,6 +148,9 @@ class Zero:
         self.stage = stage
         self.num_shards = num_ranks
         self._parameters = parameters
+
+    def num_held(self, tensor: Tensor) -> int:
+        return int(tensor.ds_tensor.numel()) if hasattr(tensor, "ds_tensor") else tensor.numel()
 
     def whole(self, tensor: Tensor) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
