@@ -261,8 +261,8 @@ class Session:
         held = sum(map(self.trainer.strategy.num_held, parameters))
         total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
         self.progress.say(
-            f"{self.config.distributed.strategy} over {self.trainer.args.world_size} processes: this one holds "
-            f"{held:,} of {total:,} weights between passes"
+            f"{self.config.distributed.strategy} over {self.trainer.args.world_size} processes: this one "
+            f"holds {held:,} of {total:,} weights between passes"
         )
 
     def _callbacks(self, model: Any) -> list[TrainerCallback]:
