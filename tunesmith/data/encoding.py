@@ -54,7 +54,7 @@ class Encoder:
                 "offsets, which exact masks need. Convert it to a fast tokenizer (tokenizer.json)."
             )
         spec = json.loads(backend.to_str())
-        tokens = [token for token in spec["added_tokens"] if token["content"] and _is_control(token)]
+        tokens = [token for token in spec["added_tokens"] if token["content"] and is_control(token)]
         self.control_ids: dict[str, int] = {token["content"]: token["id"] for token in tokens}
         longest_first = sorted(self.control_ids, key=len, reverse=True)
         self.control_tokens = _any_of(longest_first)
@@ -168,6 +168,11 @@ class Encoder:
             encoded.append((ids, offsets))
         return encoded
 
+    def encode_ids(self, texts: Sequence[str]) -> list[NDArray[np.int32]]:
+        """The ids of `encode`, without offsets, which take half as much memory again."""
+        encoded = self._twin.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(encoding.ids, dtype=np.int32) for encoding in encoded]
+
 
 def unshield(text: str, stand_ins: StandIns) -> str:
     """A text rendered from shielded messages, as their authors wrote them."""
@@ -176,7 +181,8 @@ def unshield(text: str, stand_ins: StandIns) -> str:
     return text
 
 
-def _is_control(token: dict[str, Any]) -> bool:
+def is_control(token: dict[str, Any]) -> bool:
+    """Whether an added token of a tokenizer.json is a control token (see the policy above)."""
     return bool(token["special"]) or _CONTROL_FORM.fullmatch(token["content"]) is not None
 
 

@@ -4,8 +4,9 @@ never stopped.
     straight   a short run from its first step to its last
     resumed    the same, killed when the checkpoint of a step is complete, and gone on with
 
-Each is `tunesmith sft` in a process of its own, in a temporary folder. Compared bit by bit: the checkpoint
-at the stop, every line of metrics.jsonl but for times, and the last checkpoint.
+Each is `tunesmith sft` (or `pretrain`, as run.recipe says) in a process of its own, in a temporary folder.
+Compared bit by bit: the checkpoint at the stop, every line of metrics.jsonl but for times, and the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +116,15 @@ def _run_both(
     say(f"1 of 3: {steps} steps straight")
     file = folder / "straight.yaml"
     file.write_text(dump_config(config), encoding="utf-8")
-    _train(file, "run.name=straight")
+    train = partial(_train, config.run.recipe or "sft")
+    train(file, "run.name=straight")
     # With what the straight run chose, such as the size of passes, which may not come out the same twice.
     file = straight / "config.yaml"
     say(f"2 of 3: the same, killed when step {at} is saved")
-    _train(file, "run.name=resumed", until=_checkpoint(resumed, at))
+    train(file, "run.name=resumed", until=_checkpoint(resumed, at))
     at_stop = _compare_checkpoints(_checkpoint(straight, at), _checkpoint(resumed, at))
     say(f"3 of 3: going on from step {at}")
-    _train(file, "run.name=resumed", f"run.resume={at}")
+    train(file, "run.name=resumed", f"run.resume={at}")
     last = [_last_checkpoint(run) for run in (straight, resumed)]
     at_end = _compare_checkpoints(*last)
     lines = [metrics_without_times(run) for run in (straight, resumed)]
@@ -133,9 +136,9 @@ def _run_both(
     return Findings(at_stop, at_end, first_difference(*lines)), compared
 
 
-def _train(file: Path, *overrides: str, until: Path | None = None) -> None:
-    """`tunesmith sft` in a process of its own; killed when the folder `until` is there."""
-    command = [sys.executable, "-m", "tunesmith", "sft", str(file), *overrides]
+def _train(recipe: str, file: Path, *overrides: str, until: Path | None = None) -> None:
+    """`tunesmith RECIPE` in a process of its own; killed when the folder `until` is there."""
+    command = [sys.executable, "-m", "tunesmith", recipe, str(file), *overrides]
     log = file.with_suffix(".log")
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

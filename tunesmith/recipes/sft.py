@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from tunesmith.config import Config, load_config
 from tunesmith.data.loading import load_data
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.models.adapt import build_model
+from tunesmith.recipes.result import RunResult
 from tunesmith.training.environment import inputs
 from tunesmith.training.objectives import next_token_loss
 from tunesmith.training.progress import Progress
@@ -22,23 +22,12 @@ from tunesmith.training.startup import Startup
 from tunesmith.training.startup_report import StartupReport, cached_names, data_stage
 
 
-@dataclass(frozen=True)
-class SftResult:
-    """What a run left: its folder, the adapter or model at its end and at its best, and the figures of
-    summary.json. `best` is None without validation rows."""
-
-    run: Path
-    final: Path
-    best: Path | None
-    summary: dict[str, Any]
-
-
 def sft(
     config: str | Path | dict[str, Any] | Config,
     overrides: list[str] | None = None,
     *,
     startup: Startup | None = None,
-) -> SftResult:
+) -> RunResult:
     """Tune a causal LM on conversations or text, by LoRA or in full.
 
     Takes a YAML file, a dict of the same shape or a Config, and `section.key=value` overrides. Goes on from
@@ -46,7 +35,7 @@ def sft(
     among them. With `startup`, which runs since the process began, the time of each stage up to the first
     step is printed and written to startup.json."""
     is_profiled, startup = startup is not None, startup or Startup()
-    config = load_config(config, overrides or [])
+    config = load_config(config, overrides or [], recipe="sft")
     progress = Progress()
     with RunFolder(config) as run:
         start = run.find_start(config, progress.say)
@@ -72,4 +61,4 @@ def sft(
         session.train(start)
         session.measure_tuned()
         summary = finish_run(session)
-    return SftResult(run.path, run.final, run.best if run.best.is_dir() else None, summary)
+    return RunResult(run.path, run.final, run.best if run.best.is_dir() else None, summary)

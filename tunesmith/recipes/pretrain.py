@@ -1,0 +1,60 @@
+"""Pretraining on text, from a config to a run folder."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tunesmith.artifacts.model_card import model_card
+from tunesmith.artifacts.summary import finish_run
+from tunesmith.config import Config, load_config
+from tunesmith.data.loading import load_data
+from tunesmith.data.tokenizer import load_tokenizer
+from tunesmith.models.adapt import build_model
+from tunesmith.recipes.result import RunResult
+from tunesmith.training.environment import inputs
+from tunesmith.training.objectives import next_token_loss
+from tunesmith.training.progress import Progress
+from tunesmith.training.run_folder import RunFolder
+from tunesmith.training.session import Session
+from tunesmith.training.startup import Startup
+from tunesmith.training.startup_report import StartupReport, cached_names, data_stage
+
+
+def pretrain(
+    config: str | Path | dict[str, Any] | Config,
+    overrides: list[str] | None = None,
+    *,
+    startup: Startup | None = None,
+) -> RunResult:
+    """Train a causal LM on text, in full: documents in blocks of `data.max_length` tokens, of which
+    `train.batch_size` make a step. Otherwise as `sft`."""
+    is_profiled, startup = startup is not None, startup or Startup()
+    config = load_config(config, overrides or [], recipe="pretrain")
+    progress = Progress()
+    with RunFolder(config) as run:
+        start = run.find_start(config, progress.say)
+        startup.mark("config")
+        tokenizer = load_tokenizer(config)
+        startup.mark("tokenizer")
+        before = cached_names(config)
+        data = load_data(config, tokenizer, progress.say)
+        run.check_inputs(inputs(tokenizer, data), start, progress.say)
+        startup.mark(data_stage(config, before))
+        model = build_model(config, tokenizer, progress.say)
+        startup.mark("model load, adapter, fuse")
+        card = partial(model_card, config, data, model)
+        objective = partial(next_token_loss, label_smoothing=config.train.label_smoothing)
+        session = Session(
+            config, run, tokenizer, data, model, progress, objective=objective, card=card, startup=startup
+        )
+        if is_profiled:
+            report = StartupReport(startup, progress.console, run.path / "startup.json")
+            session.trainer.add_callback(report)
+        session.begin(start)
+        session.measure_untouched(start)
+        session.train(start)
+        session.measure_tuned()
+        summary = finish_run(session)
+    return RunResult(run.path, run.final, run.best if run.best.is_dir() else None, summary)
