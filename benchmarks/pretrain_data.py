@@ -1,18 +1,18 @@
 """Preparing a corpus for pretraining: tokens/s and memory, beside the way the tutorials write it.
 
-    python -m benchmarks.pretrain_data TOKENIZER [--gigabytes 0.2] [--workers 2] [--texts FOLDER] [--only ours]
+    python -m benchmarks.pretrain_data TOKENIZER [--gigabytes 0.2] [--texts FOLDER]
 
-Writes a jsonl of documents of the size asked for (seeded; 200 to 20,000 characters a document, most of them
-short), made of the text files in FOLDER (.txt, .json, .jsonl, what strings they hold) or, without, of words. Then
+Writes a jsonl of documents of the size asked for (seeded; 200 to 20,000 characters each, most of them short),
+made of the text files in FOLDER (.txt, .json, .jsonl: what strings they hold) or, without, of words. Then
 
     ours       data.loading cached, packing flat: split, tokenised, cached, grouped by best fit
     tutorial   datasets.load_dataset("json"), map(tokenize, batched, num_proc), map(group_texts, batched,
-               num_proc), as in transformers' run_clm.py
+               num_proc), as transformers' run_clm.py has it
 
-each in a process of its own with an empty cache, and prints one JSON object. Memory is sampled twice a second:
-the resident memory of the process, and of it and its workers together with pages that they share counted once
-(PSS). cpu_s, over all processes and with their imports, says the same as seconds on a machine that does nothing
-else, and is steadier on one that does. Linux, since memory is read from /proc.
+each in a process of its own with an empty cache, and prints one JSON object. Memory is sampled twice a
+second: the resident memory of the process, and of it and its workers together with pages that they share
+counted once (PSS). cpu_s, over all processes and with their imports, says the same as seconds on a machine
+that does nothing else, and is steadier on one that does. Linux, since memory is read from /proc.
 """
 
 from __future__ import annotations
