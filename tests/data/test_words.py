@@ -14,17 +14,7 @@ from tunesmith.data import words
 from tunesmith.data.encoding import Encoder
 from tunesmith.data.words import WordMemory
 
-_TELLING = list(" \n\r\t'.,a1B-sStT<|>") + [
-    "  ",
-    "\n\n",
-    " \n",
-    "'S",
-    "'ll",
-    "IT'S",
-    "\u00e9",
-    "\u00a0",
-    "\u2014",
-]
+_TELLING = [*" \n\r\t'.,a1B-sStT<|>", "  ", "\n\n", " \n", "'S", "'ll", "IT'S", "\u00e9", "\u00a0", "\u2014"]
 _ELSEWHERE = ["\u4f60\u597d", "\x1c", "\x85", "e\u0301", "\u017f", "\U0001f600", "\u3000", "\u212a"]
 
 

@@ -140,6 +140,9 @@ def test_the_keys_of_the_data_report_are_those_of_the_code() -> None:
         "valid_rows",
         "valid_examples_also_in_train",
         "train_examples_seen_before",
+        "block_size",
+        "block_fill",
+        "drawn",
     }
 
 

@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from rich.console import Console
 from rich.text import Text
 from safetensors import safe_open
 
-from tunesmith.config import Config, dump_config
+from tunesmith.config import Config, dump_config, load_config
 from tunesmith.errors import CheckpointError, ConfigError, TrainingError
 from tunesmith.models.save import WEIGHTS
 from tunesmith.training.checkpoints import (
@@ -116,15 +115,14 @@ def _run_both(
     say(f"1 of 3: {steps} steps straight")
     file = folder / "straight.yaml"
     file.write_text(dump_config(config), encoding="utf-8")
-    train = partial(_train, config.run.recipe or "sft")
-    train(file, "run.name=straight")
+    _train(file, "run.name=straight")
     # With what the straight run chose, such as the size of passes, which may not come out the same twice.
     file = straight / "config.yaml"
     say(f"2 of 3: the same, killed when step {at} is saved")
-    train(file, "run.name=resumed", until=_checkpoint(resumed, at))
+    _train(file, "run.name=resumed", until=_checkpoint(resumed, at))
     at_stop = _compare_checkpoints(_checkpoint(straight, at), _checkpoint(resumed, at))
     say(f"3 of 3: going on from step {at}")
-    train(file, "run.name=resumed", f"run.resume={at}")
+    _train(file, "run.name=resumed", f"run.resume={at}")
     last = [_last_checkpoint(run) for run in (straight, resumed)]
     at_end = _compare_checkpoints(*last)
     lines = [metrics_without_times(run) for run in (straight, resumed)]
@@ -136,8 +134,9 @@ def _run_both(
     return Findings(at_stop, at_end, first_difference(*lines)), compared
 
 
-def _train(recipe: str, file: Path, *overrides: str, until: Path | None = None) -> None:
-    """`tunesmith RECIPE` in a process of its own; killed when the folder `until` is there."""
+def _train(file: Path, *overrides: str, until: Path | None = None) -> None:
+    """The recipe of the config, in a process of its own; killed when the folder `until` is there."""
+    recipe = load_config(file).run.recipe or "sft"
     command = [sys.executable, "-m", "tunesmith", recipe, str(file), *overrides]
     log = file.with_suffix(".log")
     with log.open("wb") as output:
