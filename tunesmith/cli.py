@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()  # here, and not at exit, so that a reader that has gone is met below
     except KeyboardInterrupt:
-        is_run = options.verb == "sft"
+        is_run = options.verb in ("sft", "pretrain")
         _complain("stopped at once", "; checkpoints that were complete still are" if is_run else "")
         return 130
     except BrokenPipeError:
@@ -101,7 +101,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
     parser = argparse.ArgumentParser(
         prog="tunesmith",
-        description="Exact fine-tuning of causal language models.",
+        description="Exact pretraining and fine-tuning of causal language models.",
         epilog=_EPILOG,
         allow_abbrev=False,
     )
@@ -112,13 +112,19 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sft = verbs.add_parser(
         "sft", parents=[common], help="supervised fine-tuning", description="Supervised fine-tuning."
     )
-    _add_config(sft)
-    sft.add_argument(
-        "--profile-startup",
-        action="store_true",
-        help="after the first step, show where the time from the command to it went",
-    )
     sft.set_defaults(run=_sft)
+
+    pretrain = verbs.add_parser(
+        "pretrain", parents=[common], help="pretraining on text", description="Pretraining on text."
+    )
+    pretrain.set_defaults(run=_pretrain)
+    for recipe in (sft, pretrain):
+        _add_config(recipe)
+        recipe.add_argument(
+            "--profile-startup",
+            action="store_true",
+            help="after the first step, show where the time from the command to it went",
+        )
 
     preview = verbs.add_parser(
         "preview",
@@ -244,13 +250,29 @@ def _sft(options: argparse.Namespace) -> None:
     startup = Startup()
     from tunesmith.config import load_config
 
-    config = load_config(options.config, options.overrides)  # seconds before torch is there to complain
+    # Seconds before torch is there to complain.
+    config = load_config(options.config, options.overrides, recipe="sft")
     startup.mark("config")
     _quiet_libraries()
     from tunesmith.recipes.sft import sft
 
     startup.mark("imports")
     sft(config, startup=startup if options.profile_startup else None)
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from tunesmith.training.startup import Startup
+
+    startup = Startup()
+    from tunesmith.config import load_config
+
+    config = load_config(options.config, options.overrides, recipe="pretrain")
+    startup.mark("config")
+    _quiet_libraries()
+    from tunesmith.recipes.pretrain import pretrain
+
+    startup.mark("imports")
+    pretrain(config, startup=startup if options.profile_startup else None)
 
 
 def _preview(options: argparse.Namespace) -> None:

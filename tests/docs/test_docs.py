@@ -142,6 +142,9 @@ def test_the_keys_of_the_data_report_are_those_of_the_code() -> None:
         "valid_rows",
         "valid_examples_also_in_train",
         "train_examples_seen_before",
+        "block_size",
+        "block_fill",
+        "drawn",
     }
 
 
@@ -171,7 +174,7 @@ def test_every_value_of_train_on_and_the_example_of_weights() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tunesmith.SftResult:
+def run(tmp_path_factory: pytest.TempPathFactory) -> tunesmith.RunResult:
     """A tiny run that evaluates, answers rows and saves checkpoints."""
     folder = tmp_path_factory.mktemp("run")
     config: dict[str, Any] = {
@@ -190,20 +193,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tunesmith.SftResult:
     return tunesmith.sft(config)
 
 
-def test_a_run_writes_the_files_that_the_table_has(run: tunesmith.SftResult) -> None:
+def test_a_run_writes_the_files_that_the_table_has(run: tunesmith.RunResult) -> None:
     (table,) = tables("docs/runs.md", "The run folder")
     written = {item.name + "/" * item.is_dir() for item in run.run.iterdir()}
     assert set(first_cells([[row[0]] for row in table])) == written | {"bad_step.json", "startup.json"}
 
 
-def test_the_metric_keys_are_those_a_run_writes(run: tunesmith.SftResult) -> None:
+def test_the_metric_keys_are_those_a_run_writes(run: tunesmith.RunResult) -> None:
     steps, evals = tables("docs/runs.md", "metrics.jsonl")
     lines = read_metrics(run.run / "metrics.jsonl")
     assert {tuple(line) for line in lines if "loss" in line} == {tuple(first_cells(steps))}
     assert {tuple(line) for line in lines if "loss" not in line} == {tuple(first_cells(evals))}
 
 
-def test_the_summary_keys_are_those_a_run_writes(run: tunesmith.SftResult) -> None:
+def test_the_summary_keys_are_those_a_run_writes(run: tunesmith.RunResult) -> None:
     (table,) = tables("docs/runs.md", "summary.json")
     assert first_cells(table) == list(json.loads((run.run / "summary.json").read_text()))
 
@@ -219,7 +222,7 @@ def test_the_trackers_are_those_of_the_config() -> None:
     assert set(first_cells([[row[0]] for row in table])) == set(get_args(names))
 
 
-def test_the_lines_that_load_a_result_do(run: tunesmith.SftResult) -> None:
+def test_the_lines_that_load_a_result_do(run: tunesmith.RunResult) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", read("docs/runs.md"), re.DOTALL)
     assert code.count("runs/NAME") == 2
     names: dict[str, Any] = {}

@@ -97,6 +97,12 @@ def _set(section: Section, **values: Any) -> None:
         object.__setattr__(section, key, value)
 
 
+# Defaults that depend on the recipe: section, key, value. The texts of a corpus have too little in common for
+# a tree.
+_OF_TUNING = (("adapter", "method", "lora"), ("data", "too_long", "drop"), ("data", "packing", "tree"))
+_OF_PRETRAINING = (("adapter", "method", "none"), ("data", "too_long", "split"), ("data", "packing", "flat"))
+
+
 def resolve_defaults(config: Config) -> None:
     """Write out each default that depends on another setting, so that the saved config says what was run."""
     train, is_from_scratch = config.train, config.model.is_from_scratch
@@ -104,6 +110,12 @@ def resolve_defaults(config: Config) -> None:
         _set(config.adapter, method="none" if is_from_scratch else "lora")
     if config.run.name is None:
         _set(config.run, name="run")
+    if config.run.recipe is None:
+        _set(config.run, recipe="sft")
+    defaults = _OF_PRETRAINING if config.run.recipe == "pretrain" else _OF_TUNING
+    for section, key, value in defaults:
+        if getattr(getattr(config, section), key) is None:
+            _set(getattr(config, section), **{key: value})
     if train.epochs is None and train.max_steps is None:
         _set(train, epochs=3.0)
     if train.learning_rate is None:
@@ -120,7 +132,7 @@ def _changed(section: Section) -> list[str]:
 
 
 # The others have values of their own without a validation set, or only matter beside these.
-_EVAL_KEYS = ("every_steps", "early_stopping_patience", "answer_rows")
+_EVAL_KEYS = ("every_steps", "early_stopping_patience", "answer_rows", "prompts")
 
 
 _NEVER_END = ("constant", "inverse_sqrt")
@@ -248,6 +260,52 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
         lambda c: c.data.loading == "streaming" and any(source.weight != 1 for source in c.data.train),
         "data.train has weights, which need the number of rows; with data.loading streaming it is not "
         "known. Use data.loading cached or lazy",
+    ),
+    (
+        ("data.too_long", "run.recipe"),
+        lambda c: c.data.too_long == "split" and c.run.recipe != "pretrain",
+        "data.too_long is split, but half a conversation is none. Use drop or truncate; `tunesmith pretrain` "
+        "splits texts",
+    ),
+    (
+        ("data.packing", "run.recipe"),
+        lambda c: c.data.packing == "concatenate" and c.run.recipe != "pretrain",
+        "data.packing is concatenate, which is for `tunesmith pretrain`: conversations would see each other. "
+        "Use tree, flat or none",
+    ),
+    (
+        ("data.too_long", "data.packing"),
+        lambda c: c.data.packing == "concatenate" and c.data.too_long != "split",
+        "data.too_long is {c.data.too_long}, but with data.packing concatenate no text is too long: all are "
+        "joined and cut. Remove it, or set data.packing to flat",
+    ),
+    (
+        ("data.loading", "run.recipe"),
+        lambda c: c.data.loading == "lazy" and c.run.recipe == "pretrain",
+        "data.loading is lazy, but `tunesmith pretrain` must know how long texts are to fill its blocks. Use "
+        "cached, or streaming for a corpus too large to be tokenised beforehand",
+    ),
+    (
+        ("data.packing", "data.loading", "run.recipe"),
+        lambda c: (
+            c.run.recipe == "pretrain"
+            and c.data.loading == "streaming"
+            and c.data.packing in ("none", "tree")
+        ),
+        "data.packing is {c.data.packing}, but `tunesmith pretrain` with data.loading streaming trains whole "
+        "blocks. Use flat or concatenate, or data.loading cached",
+    ),
+    (
+        ("eval.answer_rows", "run.recipe"),
+        lambda c: c.run.recipe == "pretrain" and c.eval.answer_rows > 0,
+        "eval.answer_rows is {c.eval.answer_rows}, but the texts of `tunesmith pretrain` hold no question. "
+        "Name beginnings of texts in eval.prompts",
+    ),
+    (
+        ("eval.temperature", "eval.prompts"),
+        lambda c: c.eval.temperature > 0 and not c.eval.prompts,
+        "eval.temperature is {c.eval.temperature}, but eval.prompts names no text to go on with. Name one, "
+        "or remove it",
     ),
     (
         ("model.freeze", "adapter.method"),

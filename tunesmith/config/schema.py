@@ -61,6 +61,9 @@ class RunConfig(Section):
     for a config that is no file."""
     output_dir: Text = "runs"
     """Folder that holds runs."""
+    recipe: Literal["sft", "pretrain"] | None = None
+    """What is trained: answers of conversations (`sft`) or whole texts (`pretrain`). The verb says it; name
+    it here for verbs that cannot, such as `preview`. Default `sft`. Some defaults depend on it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of row order, adapter initialisation, dropout and NEFTune noise."""
     resume: Literal["auto", "never"] | PositiveInt = "auto"
@@ -140,7 +143,7 @@ class AdapterConfig(Section):
 
     method: Literal["lora", "none"] | None = None
     """`lora` (Hu et al. 2021, arXiv:2106.09685) or `none`, which trains the model itself. Default: `lora`;
-    with `model.config`, `none`."""
+    with `model.config` and in pretraining, `none`."""
     r: PositiveInt = 16
     """Rank. 16 on all linear layers is the QLoRA paper's finding that rank matters less than coverage."""
     alpha: PositiveFloat = 32
@@ -173,12 +176,15 @@ class SourceConfig(Section):
     them, or a hub data set id (`owner/name`, or `owner/name:split`)."""
     weight: PositiveFloat = 1.0
     """How often the source is seen in an epoch: 1 is every row once, 0.5 a random half, anew each epoch, 2
-    is each row twice."""
+    is each row twice. In pretraining the rows that are drawn are blocks."""
     format: Format = "auto"
     """Shape of the rows; `auto` finds it from the first rows and prints it."""
     columns: dict[str, str] = {}
     """Renames columns before the format is read: `{question: instruction, answer: output}` maps the file's
     `question` to our `instruction`."""
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    """What a row of a .txt file is, named as in `datasets`: a line, a paragraph (lines up to a blank one), or
+    the whole file. Blank ones are no rows."""
 
 
 Sources = Annotated[
@@ -215,9 +221,10 @@ class DataConfig(Section):
     """Which tokens carry loss: all assistant turns, the last one only, or the whole text."""
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest example, in tokens."""
-    too_long: Literal["drop", "truncate", "error"] = "drop"
+    too_long: Literal["drop", "truncate", "split", "error"] | None = None
     """What happens to an example over `max_length`: `drop` counts it, `truncate` cuts its end and keeps it
-    only if a target is left (no end token is invented), `error` stops."""
+    only if a target is left (no end token is invented), `split` makes several examples of it (pretraining
+    only), `error` stops. Default `drop`; in pretraining `split`."""
     on_bad_row: Literal["error", "skip"] = "error"
     """`error` lists the first 20 bad rows and stops; `skip` leaves them out and counts them in
     `data_report.json`."""
@@ -227,17 +234,25 @@ class DataConfig(Section):
     """`cached` tokenises once, in parallel, to memory-mapped files; `lazy` tokenises a row when it is
     fetched; `streaming` reads the files in order, never all of them (needs `train.max_steps`)."""
     shuffle_buffer: PositiveInt = 10_000
-    """Rows that are shuffled with one another under `loading: streaming`, and held in memory."""
-    packing: Literal["tree", "flat", "none"] = "tree"
+    """Rows that are shuffled with one another under `loading: streaming`, and held in memory. In pretraining
+    these documents are grouped into blocks with one another, too."""
+    packing: Literal["tree", "flat", "none", "concatenate"] | None = None
     """`tree` lays the examples of a micro-batch end to end in one forward pass, each seeing only itself, and
     computes once what several of them begin with (a system prompt, a document, the earlier turns of a chat);
     `flat` does so without sharing; `none` runs one example a pass. The result is the same; none pads. Where a
-    model cannot do what is asked, the run says so and does the next of the three."""
+    model cannot do what is asked, the run says so and does the next of the three. `concatenate` (pretraining
+    only) is another training: documents are joined, cut every `max_length` tokens, and see each other.
+    Default `tree`; in pretraining `flat`."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that prepare rows. Default: one a core, or none (this process alone) when the files are
     under 16 MiB."""
     cache_dir: Text | None = None
     """Folder of the prepared data. Default: `tunesmith/data` below the user's cache folder."""
+
+    @property
+    def pass_packing(self) -> Literal["tree", "flat", "none"]:
+        """How the examples of a pass lie in it. A block of joined documents is an example like others."""
+        return "flat" if self.packing == "concatenate" else self.packing or "tree"
 
 
 class BatchSizeWarmup(Section):
@@ -333,8 +348,13 @@ class EvalConfig(Section):
     answer_rows: Annotated[int, Field(ge=0)] = 0
     """Answer this many validation rows before and after training (greedily) and report exact matches and
     examples."""
+    prompts: list[Text] = []
+    """Texts that the model goes on with at each evaluation, as raw text; what it wrote is in
+    `samples.jsonl`."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Temperature at which those texts are drawn, by `run.seed`; 0 takes the likeliest token."""
     max_new_tokens: PositiveInt = 256
-    """Longest of those answers, in tokens."""
+    """Longest of those answers and texts, in tokens."""
 
 
 class CheckpointConfig(Section):

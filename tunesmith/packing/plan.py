@@ -14,14 +14,15 @@ there.
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.blocks import best_fit
 from tunesmith.packing.balance import Steps, split_step, sweep
 from tunesmith.packing.sharing import Sharing
 from tunesmith.packing.steps import StepRows
@@ -71,6 +72,17 @@ class StepPlan:
     def rows_of_epoch(self, epoch: int) -> NDArray[np.int64]:
         """[rows] the order of one epoch."""
         return _rows_of_epoch(self.sources, self.seed, epoch, shuffle=self.shuffle)
+
+    def drawn(self, num_steps: int) -> list[tuple[int, int]]:
+        """Of each source the rows that so many steps hold, and their tokens, however often each is drawn."""
+        counts = np.zeros(len(self.row_starts) - 1, dtype=np.int64)
+        for epoch in range(math.ceil(num_steps / self.steps_per_epoch)):
+            rows = self.rows_of_epoch(epoch)
+            num_rows = (num_steps - epoch * self.steps_per_epoch) * self.batch_size
+            counts += np.bincount(rows[:num_rows], minlength=len(counts))
+        tokens = counts * _row_tokens(self.lengths, self.row_starts)
+        spans = [slice(source.start, source.end) for source in self.sources]
+        return [(int(counts[span].sum()), int(tokens[span].sum())) for span in spans]
 
     def split(self, rows: Sequence[int] | NDArray[np.int64]) -> list[list[list[int]]]:
         """The examples of one step as [rank][pass][example], balanced by what the passes cost. Where sharing
@@ -196,6 +208,12 @@ def _examples_of(rows: NDArray[np.int64], row_starts: NDArray[np.int64]) -> NDAr
     return np.arange(counts.sum()) + np.repeat(starts - ends + counts, counts)
 
 
+def _row_tokens(lengths: NDArray[np.int32], row_starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    tokens: NDArray[np.int64] = before[row_starts[1:]] - before[row_starts[:-1]]
+    return tokens
+
+
 class _Epoch:
     """The steps of one epoch, and how many tokens and examples each has: int64 [steps]."""
 
@@ -215,9 +233,7 @@ class _Epoch:
         self.num_rows = np.diff(np.append(first_rows, len(rows)))
         self.micro_batch_tokens = micro_batch_tokens
         self.sharing = sharing
-        tokens_before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        row_tokens = tokens_before[row_starts[1:]] - tokens_before[row_starts[:-1]]
-        self.num_tokens = np.add.reduceat(row_tokens[rows], first_rows)
+        self.num_tokens = np.add.reduceat(_row_tokens(lengths, row_starts)[rows], first_rows)
         self.num_examples = np.add.reduceat(np.diff(row_starts)[rows], first_rows)
 
     def heaviest_first(self) -> Iterator[NDArray[np.int64]]:
@@ -306,9 +322,10 @@ def fill_passes(
     """Items grouped into few passes of at most `max_tokens` tokens each, for evaluation, where order does not
     matter. An item longer than that has a pass of its own.
 
-    Best-fit decreasing over a sorted list of free room; or, if that takes no more passes, neighbours in rank
+    Best-fit decreasing; or, if that takes no more passes, neighbours in rank
     order together, each prefix counted once. Where sharing is known, a pass is in rank order."""
-    passes = _best_fit(lengths, max_tokens)
+    order, starts = best_fit(np.clip(lengths, 1, max_tokens), max_tokens)
+    passes = [order[start:end].tolist() for start, end in pairwise(starts.tolist())]
     if sharing is None:
         return passes
     items, common = sharing.in_order(np.arange(len(lengths)))
@@ -317,19 +334,3 @@ def fill_passes(
     if len(pieces) <= len(passes):
         return [[names[n] for n in piece] for piece in pieces]
     return [sorted(a_pass, key=sharing.rank.__getitem__) for a_pass in passes]
-
-
-def _best_fit(lengths: NDArray[np.int32], max_tokens: int) -> list[list[int]]:
-    passes: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, pass), sorted
-    for item in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[item])
-        at = bisect.bisect_left(room, (length, -1))
-        if at == len(room):
-            passes.append([int(item)])
-            bisect.insort(room, (max(0, max_tokens - length), len(passes) - 1))
-        else:
-            free, index = room.pop(at)
-            passes[index].append(int(item))
-            bisect.insort(room, (free - length, index))
-    return passes

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from tunesmith.models.cost import Cost
 from tunesmith.models.devices import peak_memory_gib
 from tunesmith.packing.steps import StepRows
+from tunesmith.training.random_state import random_state, restore_random_state
 from tunesmith.training.run_folder import eval_losses
 
 Metrics = dict[str, Any]
@@ -206,6 +207,41 @@ class MetricsFile(TrainerCallback):
             "peak_memory_gib": peak_memory_gib(),
             "step_s": seconds,
         }
+
+
+class Samples(TrainerCallback):
+    """Has the model go on with each prompt after an evaluation, and writes samples.jsonl, a line each.
+    `write` gives the texts at a step; what it draws from the random generators, they do not lose."""
+
+    def __init__(
+        self,
+        file: Path,
+        prompts: list[str],
+        write: Callable[[int], list[str]],
+        say: Callable[[str], None],
+    ) -> None:
+        self.file = file
+        self._prompts = prompts
+        self._write = write
+        self._say = say
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        before = random_state()
+        try:
+            texts = self._write(state.global_step)
+        finally:
+            restore_random_state(before)
+        if not state.is_world_process_zero:
+            return
+        lines = [
+            {"step": state.global_step, "prompt": prompt, "text": text}
+            for prompt, text in zip(self._prompts, texts, strict=True)
+        ]
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        for line in lines:
+            shown = " ".join(f"{line['prompt']}[{line['text']}]".split())
+            self._say(f"step {line['step']}  {shown if len(shown) <= 200 else shown[:197] + '...'}")
 
 
 class KeepBest(TrainerCallback):

@@ -52,6 +52,7 @@ class RunFolder:
     def __init__(self, config: Config) -> None:
         self.path = Path(config.run.output_dir) / (config.run.name or "run")
         self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self.bad_steps = self.path / "bad_step.json"
         self.best = self.path / "best"
         self.final = self.path / "final"
@@ -138,8 +139,9 @@ class RunFolder:
         self.cut_metrics(start.step if start else -1)
 
     def cut_metrics(self, step: int) -> None:
-        """Drop lines of steps that will be trained again."""
-        _keep_lines_until(self.metrics, step)
+        """Drop lines of steps that will be trained again, from metrics and samples."""
+        for file in (self.metrics, self.samples):
+            _keep_lines_until(file, step)
 
     def _holds_something(self) -> bool:
         own = {self._lock.file.name, durable_files.temporary(self._lock.file).name}

@@ -8,10 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from tunesmith.config import Config
+from tunesmith.data.encoding import Encoder
 from tunesmith.data.loading import Data
+from tunesmith.data.prepare import text_frame
+from tunesmith.data.token_bytes import token_bytes
 from tunesmith.errors import CheckpointError, Interrupted
 from tunesmith.models.adapt import count_parameters
 from tunesmith.models.cost import enable_gradient_checkpointing, size_lines, training_cost
@@ -19,10 +24,17 @@ from tunesmith.models.devices import compute_dtype, matmul_flops_per_second
 from tunesmith.models.save import artifact_weights, write_artifact
 from tunesmith.packing.collate import collate_flat, collate_tree
 from tunesmith.training import durable_files
-from tunesmith.training.answers import Question, answer, questions, stop_ids
+from tunesmith.training.answers import Question, answer, continuations, questions, stop_ids
 from tunesmith.training.arguments import training_arguments
 from tunesmith.training.bad_step import RollBack, StepGuard
-from tunesmith.training.callbacks import BeforeFirstStep, KeepBest, MetricsFile, Schedule, StopOnSignal
+from tunesmith.training.callbacks import (
+    BeforeFirstStep,
+    KeepBest,
+    MetricsFile,
+    Samples,
+    Schedule,
+    StopOnSignal,
+)
 from tunesmith.training.checkpoints import Checkpoint
 from tunesmith.training.disk import checkpoint_bytes, refuse_small_disk, weights_bytes
 from tunesmith.training.environment import versions
@@ -91,6 +103,7 @@ class Session:
             train_rows=data.train,
             valid_rows=data.valid,
             valid_batch_tokens=config.eval.batch_tokens or 0,
+            token_bytes=token_bytes(tokenizer) if config.run.recipe == "pretrain" else None,
             saver=saver,
             guard=guard,
             facts={
@@ -102,6 +115,7 @@ class Session:
             strategy=config.distributed.strategy,
             callbacks=[self._line],
         )
+        self.data.drawn = self._drawn()
         self.trainer.remove_callback(PrinterCallback)  # ours draws the progress
         if self.trainer.strategy.is_shared_out:
             self.trainer.add_callback(BeforeFirstStep(self._tell_shares))
@@ -289,7 +303,51 @@ class Session:
         metrics.listeners.append(self._line.show)
         self._best = KeepBest(self._save_best, config.eval.early_stopping_patience, self.progress.say)
         followers = trackers(config, self.run.path, self.progress.say) if self.is_main else []
-        return [schedule, metrics, self._best, self._signals, *followers]
+        writes = self.is_main or self.trainer.strategy.is_shared_out  # then all of them compute each token
+        samples = [self._samples()] if config.eval.prompts and writes else []
+        return [schedule, metrics, *samples, self._best, self._signals, *followers]
+
+    def _samples(self) -> Samples:
+        """What the model goes on with at each evaluation."""
+        config, encoder, bos = self.config, Encoder(self.tokenizer), text_frame(self.tokenizer)[0]
+        prompts = [
+            np.concatenate([bos, ids]).astype(np.int32)
+            for ids in encoder.encode_ids([encoder.plain(text) for text in config.eval.prompts])
+        ]
+
+        def write(step: int) -> list[str]:
+            torch.manual_seed(config.run.seed + step)
+            with self.trainer.autocast():
+                return continuations(
+                    self.trainer.model,
+                    self.tokenizer,
+                    prompts,
+                    max_new_tokens=config.eval.max_new_tokens,
+                    stop_ids=self.stop_ids,
+                    temperature=config.eval.temperature,
+                )
+
+        return Samples(self.run.samples, config.eval.prompts, write, self.progress.say)
+
+    def _drawn(self) -> list[dict[str, Any]] | None:
+        """What the run draws of each source; None for a stream, whose sources have no size."""
+        if self.config.data.loading == "streaming":
+            return None
+        drawn = self.plan.drawn(int(self.trainer.args.max_steps))
+        all_tokens = max(1, sum(tokens for _, tokens in drawn))
+        return [
+            {
+                "path": report.path,
+                "weight": weight,
+                "rows": rows,
+                "epochs": rows / max(1, end - start),
+                "tokens": tokens,
+                "share": tokens / all_tokens,
+            }
+            for report, (start, end, weight), (rows, tokens) in zip(
+                self.data.train.reports, self.data.train.bounds, drawn, strict=True
+            )
+        ]
 
     def _questions(self) -> list[Question]:
         if self.data.valid is None or not self.config.eval.answer_rows:
@@ -331,10 +389,18 @@ class Session:
             for line in report.lines():
                 say(line)
         passes = "one pass" if self.plan.passes == 1 else f"{self.plan.passes} passes"
+        unit = "rows" if train.block_size is None else "blocks"
+        if train.fill is not None:
+            say(f"{train.num_rows:,} blocks of {train.block_size:,} tokens, {100 * train.fill:.1f} % full")
         say(
-            f"{train.num_rows:,} training rows, {valid.num_rows if valid else 0:,} validation rows; "
-            f"{self.trainer.args.max_steps:,} steps of {self.config.train.batch_size} rows in {passes}"
+            f"{train.num_rows:,} training {unit}, {valid.num_rows if valid else 0:,} validation rows; "
+            f"{self.trainer.args.max_steps:,} steps of {self.config.train.batch_size} {unit} in {passes}"
         )
+        for source in (self.data.drawn or []) if len(train.reports) > 1 else []:
+            say(
+                f"{source['path']}: weight {source['weight']:g}, drawn {source['rows']:,} {unit} "
+                f"({source['epochs']:.2f} epochs), {100 * source['share']:.1f} % of all tokens"
+            )
         if self.data.overlap:
             say(
                 f"warning: {self.data.overlap} validation examples stand in the training set too, "

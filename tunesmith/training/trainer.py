@@ -20,8 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, set_seed
@@ -29,7 +31,7 @@ from transformers.integrations import deactivate_neftune
 
 from tunesmith.data.loading import RowSet
 from tunesmith.data.report import SourceReport
-from tunesmith.data.rows import CachedRows, StreamedRows
+from tunesmith.data.rows import CachedRows, JoinedRows, StreamedRows
 from tunesmith.errors import CheckpointError
 from tunesmith.models.save import (
     WHOLE_MODEL,
@@ -78,7 +80,8 @@ class StepCounts:
 class PackTrainer(Trainer):
     """Trains `model` on `train_rows` in the order of `plan`, to lower `objective`; evaluates on `valid_rows`
     if there are any. `collate` makes a pack of rows; `decode` turns token ids into text, for the report of a
-    bad step. `facts` are written into the manifest of each checkpoint."""
+    bad step. `token_bytes` [V], where texts are evaluated, are the bytes a token stands for. `facts` are
+    written into the manifest of each checkpoint."""
 
     optimizer: Any  # transformers declares these without a type
     lr_scheduler: Any
@@ -95,6 +98,7 @@ class PackTrainer(Trainer):
         train_rows: RowSet,
         valid_rows: RowSet | None,
         valid_batch_tokens: int,
+        token_bytes: NDArray[np.int64] | None,
         saver: Saver,
         guard: StepGuard,
         facts: Mapping[str, Any],
@@ -109,6 +113,7 @@ class PackTrainer(Trainer):
         self.train_rows = train_rows
         self.valid_rows = valid_rows
         self.valid_batch_tokens = valid_batch_tokens
+        self.token_bytes = None if token_bytes is None else torch.from_numpy(token_bytes)
         self.saver = saver
         self.guard = guard
         self.facts = facts
@@ -212,7 +217,8 @@ class PackTrainer(Trainer):
         self.step_counts = StepCounts(rows, tokens, targets, computed, started_at)
         self._step_packs, self._step_losses = packs, []
         self._loss_before = self._tr_loss.clone()
-        if not isinstance(self.train_rows.rows, CachedRows):  # those were counted when they were prepared
+        # Rows on disk were counted when they were prepared.
+        if not isinstance(self.train_rows.rows, CachedRows | JoinedRows):
             for row in (row for pack in packs for row in pack["rows"]):
                 self.rows_report.add(row)
                 self._stream = row.stream or self._stream
@@ -359,7 +365,8 @@ class PackTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per unit of target weight over `valid_rows`, in nats, whatever the size of passes."""
+        """Mean loss per unit of target weight over `valid_rows`, in nats, whatever the size of passes; of
+        texts also as perplexity and in bits per byte, which does not depend on how long tokens are."""
         assert self.valid_rows is not None
         started_at = time.perf_counter()
         rows = self.valid_rows
@@ -367,21 +374,26 @@ class PackTrainer(Trainer):
         passes = fill_passes(rows.lengths, self.valid_batch_tokens)
         # As many for each rank, since a model that is shared out is computed together: the last may be empty.
         passes += [[] for _ in range(-len(passes) % ranks)]
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         was_training = self.model.training
         self.model.eval()
         for items in passes[rank::ranks]:
             pack = self.collate([rows.rows[item] for item in items])
             with self.autocast():
                 loss = self.objective(self.model, self._prepare_inputs(pack))
+            num_bytes = 0.0
+            if self.token_bytes is not None:
+                num_bytes = float((self.token_bytes[pack["targets"]] * pack["weights"].double()).sum())
             sums += torch.tensor(
-                [float(loss), float(pack["weights"].sum()), pack["num_targets"]], dtype=torch.float64
+                [float(loss), float(pack["weights"].sum()), pack["num_targets"], num_bytes],
+                dtype=torch.float64,
             )
         self.model.train(was_training)
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
         metrics = {
             "eval_loss": float(sums[0] / sums[1]),
+            **self._of_texts(float(sums[0]), float(sums[1]), float(sums[3])),
             "eval_rows": rows.num_rows,
             "eval_target_tokens": int(sums[2]),
             "eval_s": time.perf_counter() - started_at,
@@ -391,6 +403,15 @@ class PackTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )  # changes control in place
         return metrics
+
+    def _of_texts(self, nats: float, targets: float, num_bytes: float) -> dict[str, float]:
+        """Perplexity, and bits per byte of the targets' text."""
+        if self.token_bytes is None:
+            return {}
+        return {
+            "eval_perplexity": math.exp(min(nats / targets, 700.0)),  # beyond that float64 has no number
+            "eval_bits_per_byte": nats / (math.log(2) * num_bytes),
+        }
 
     def autocast(self) -> Any:
         """The number format of training, for passes outside of it."""
