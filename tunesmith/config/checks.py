@@ -99,19 +99,20 @@ def _set(section: Section, **values: Any) -> None:
 
 # Defaults that depend on the recipe: section, key, value. The texts of a corpus have too little in common for
 # a tree.
-_OF_TUNING = (("adapter", "method", "lora"), ("data", "too_long", "drop"), ("data", "packing", "tree"))
-_OF_PRETRAINING = (("adapter", "method", "none"), ("data", "too_long", "split"), ("data", "packing", "flat"))
+_OF_TUNING = (("data", "too_long", "drop"), ("data", "packing", "tree"))
+_OF_PRETRAINING = (("data", "too_long", "split"), ("data", "packing", "flat"))
 
 
 def resolve_defaults(config: Config) -> None:
     """Write out each default that depends on another setting, so that the saved config says what was run."""
     train, is_from_scratch = config.train, config.model.is_from_scratch
-    if config.adapter.method is None:
-        _set(config.adapter, method="none" if is_from_scratch else "lora")
     if config.run.name is None:
         _set(config.run, name="run")
     if config.run.recipe is None:
         _set(config.run, recipe="sft")
+    if config.adapter.method is None:
+        is_full = is_from_scratch or config.run.recipe == "pretrain"
+        _set(config.adapter, method="none" if is_full else "lora")
     defaults = _OF_PRETRAINING if config.run.recipe == "pretrain" else _OF_TUNING
     for section, key, value in defaults:
         if getattr(getattr(config, section), key) is None:

@@ -406,15 +406,16 @@ class TrackingConfig(Section):
 class Config(Section):
     """A whole config. A minimal file names `model.path` (or `model.config`) and `data.train`."""
 
-    run: RunConfig = RunConfig()
+    # A factory each: `resolve_defaults` writes into sections, and one default is one object for all configs.
+    run: RunConfig = Field(default_factory=RunConfig)
     model: ModelConfig
-    adapter: AdapterConfig = AdapterConfig()
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     data: DataConfig
-    train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    distributed: DistributedConfig = DistributedConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = Field(default_factory=DistributedConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
 
     @model_validator(mode="after")
     def _resolve_and_check(self) -> Config:

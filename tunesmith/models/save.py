@@ -73,6 +73,7 @@ def _save_pretrained(folder: Path, model: Any, weights: dict[str, Tensor]) -> No
         # itself.
         model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     else:
+        dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
         training_config = model.config
         model.config = copy.deepcopy(training_config)
         model.config.use_cache = True  # off for training only
@@ -82,7 +83,6 @@ def _save_pretrained(folder: Path, model: Any, weights: dict[str, Tensor]) -> No
             model.config = training_config
         # transformers writes down the format of the model in memory, and would load in that one.
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
         config["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for file in folder.glob("*.safetensors"):
