@@ -14,6 +14,7 @@ from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.training import durable_files
 from tunesmith.training.checkpoints import Checkpoint, Checkpoints
 from tunesmith.training.environment import environment, versions
+from tunesmith.training.launch import LOGS, run_path
 from tunesmith.training.lock import LOCK, Lock
 
 Say = Callable[[str], None]
@@ -47,7 +48,7 @@ class RunFolder:
     takes."""
 
     def __init__(self, config: Config) -> None:
-        self.path = Path(config.run.output_dir) / (config.run.name or "run")
+        self.path = run_path(config)
         self.metrics = self.path / "metrics.jsonl"
         self.bad_steps = self.path / "bad_step.json"
         self.best = self.path / "best"
@@ -138,7 +139,7 @@ class RunFolder:
         _keep_lines_until(self.metrics, step)
 
     def _holds_something(self) -> bool:
-        own = {self._lock.file.name, durable_files.temporary(self._lock.file).name}
+        own = {self._lock.file.name, durable_files.temporary(self._lock.file).name, LOGS}
         return self.path.exists() and any(item.name not in own for item in self.path.iterdir())
 
     def _newest(self, say: Say) -> Checkpoint | None:
