@@ -58,6 +58,8 @@ def _explain(error: Exception) -> tuple[str, str]:
     if type(error).__name__ == "OutOfMemoryError":  # torch's; to import torch here would cost seconds
         fix = "Lower train.micro_batch_tokens, or set train.gradient_checkpointing=true."
         return "failed: ", f"the accelerator's memory is full. {fix}\n{str(error).partition('. ')[0]}."
+    if "/gloo/" in str(error) and "by peer" in str(error):
+        return "failed: ", "another rank has gone; what it said last is in its log, and said by the launcher"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "failed: ", f"the disk is full: {error.filename or 'while writing'}"
     return "failed: ", (
@@ -252,16 +254,15 @@ def _launch(options: argparse.Namespace) -> int:
 
     config = load_config(options.config, options.overrides)  # so that a mistake is said once, and at once
     from tunesmith.errors import ConfigError
-    from tunesmith.training.launch import Place, launch, write_sbatch
+    from tunesmith.training.launch import Place, launch
+    from tunesmith.training.slurm import write_sbatch
 
     place = Place(options.nproc, options.nnodes, options.node_rank, options.rendezvous)
     command = [options.training_verb, options.config, *options.overrides]
     if options.debug:
         command.append("--debug")
     if options.slurm is not None:
-        write_sbatch(
-            options.slurm, command, config, place, time=options.time, partition=options.partition
-        )
+        write_sbatch(options.slurm, command, config, place, time=options.time, partition=options.partition)
         print(f"{options.slurm} is written. Submit it: sbatch {options.slurm}")
         return 0
     for name in ("time", "partition"):

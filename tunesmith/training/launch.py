@@ -2,7 +2,7 @@
 
 What the agent starts is `python -m tunesmith VERB CONFIG ...`, as under torchrun. Ours are the streams (rank
 0 has the terminal, each other rank a log file in the run folder), the time a save is given after a signal,
-and the words and the exit code at the end. `write_sbatch` writes a job for Slurm that does the same.
+and the words and the exit code at the end.
 
 Nothing of torch is imported before options and config have been checked.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -38,7 +37,6 @@ _RENDEZVOUS_S = 600  # a person may start one machine after the other
 _LINES = 12  # of a rank's log that are shown
 # The shell sends what ranks but the first one say to a file, as the agent opens one file a stream, and anew.
 _ENTRY = 'if [ "$RANK" -gt 0 ]; then exec "$@" >>"$0/rank-$RANK.log" 2>&1; fi; exec "$@"'
-_HEADER = "#!/bin/bash\n# Written by `tunesmith launch --slurm`."
 
 
 def run_path(config: Config) -> Path:
@@ -56,11 +54,15 @@ class Place:
     node_rank: int | None = None
     rendezvous: str | None = None
 
-    def check(self) -> None:
-        """Raises ConfigError if the four do not fit together."""
+    def check_counts(self) -> None:
+        """Raises ConfigError for numbers of processes or machines that are none."""
         for name, value in (("--nproc", self.nproc), ("--nnodes", self.nnodes)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} {value}: expected a whole number of at least 1.")
+
+    def check(self) -> None:
+        """Raises ConfigError if the four do not fit together."""
+        self.check_counts()
         if self.nnodes == 1:
             if self.rendezvous is not None or self.node_rank:
                 given = "--rendezvous" if self.rendezvous is not None else f"--node-rank {self.node_rank}"
@@ -271,76 +273,6 @@ def _first(failures: Mapping[int, Any]) -> int:
     earliest = min(failure.timestamp for failure in failures.values())
     ended_by_agent = (-signal.SIGTERM, 128 + signal.SIGTERM)
     at_once = [rank for rank, failure in failures.items() if failure.timestamp <= earliest + 1]
-    return min(at_once, key=lambda rank: (failures[rank].exitcode in ended_by_agent, failures[rank].exitcode > 0))
-
-
-# --- Slurm
-
-
-def write_sbatch(
-    file: Path, command: Sequence[str], config: Config, place: Place, *, time: str | None, partition: str | None
-) -> None:
-    """Write a job for `sbatch`: one launcher a machine. It is told 300 s before its time is over, saves, and
-    goes back into the queue. `command` is as for `launch`, the config its second part.
-
-    Raises ConfigError for options that do not fit, or if the file is there and is no such job."""
-    if place.node_rank is not None or place.rendezvous is not None:
-        raise ConfigError("--node-rank and --rendezvous are what the job finds out. Leave them out with --slurm.")
-    if place.nproc is None:
-        raise ConfigError("--slurm needs --nproc N: the accelerators of one machine.")
-    Place(place.nproc).check()
-    if place.nnodes < 1:
-        raise ConfigError(f"--nnodes {place.nnodes}: expected a whole number of at least 1.")
-    if file.exists() and not file.read_text(encoding="utf-8", errors="replace").startswith(_HEADER):
-        raise ConfigError(f"--slurm {file}: is there, and no job that tunesmith wrote. Choose another name.")
-    name, output_dir = config.run.name or "run", Path(config.run.output_dir).absolute()
-    output_dir.mkdir(parents=True, exist_ok=True)  # Slurm writes no log into a folder that is not there
-    options = {
-        "job-name": name,
-        "nodes": place.nnodes,
-        "ntasks-per-node": 1,
-        "gpus-per-node": place.nproc,
-        "time": time,
-        "partition": partition,
-        "chdir": f'"{Path.cwd()}"',
-        "output": f'"{output_dir / f"{name}-slurm-%j.log"}"',
-        "open-mode": "append",
-        "signal": f"TERM@{SAVE_S + 20}",
-    }
-    verb, config_file, *rest = command
-    inner = [sys.executable, "-m", "tunesmith", "launch", "--nproc", str(place.nproc)]
-    words = [shlex.quote(word) for word in inner]
-    node_rank = ""
-    if place.nnodes > 1:
-        words += ["--nnodes", str(place.nnodes), "--rendezvous", '"$first:$port"']
-        node_rank = ' --node-rank "$SLURM_NODEID"'
-    words += [shlex.quote(word) for word in (verb, str(Path(config_file).absolute()), *rest)]
-    directives = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
-    file.write_text(
-        "\n".join(
-            [
-                _HEADER,
-                "# Add here what your cluster asks for: account, cores, memory.",
-                *directives,
-                "#SBATCH --requeue",
-                "",
-                'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-                "port=$((29500 + SLURM_JOB_ID % 1000))  # jobs that share a machine do not meet",
-                "",
-                "# A machine that ends does not end the others, which may still be saving.",
-                f"srun --kill-on-bad-exit=0 --wait={SAVE_S + 20} "
-                f"bash -c 'exec \"$@\"{node_rank}' launch \\",
-                "    " + " ".join(words),
-                "code=$?",
-                "",
-                "# Stopped and saved since its time was nearly over, and not cancelled: it goes on later.",
-                f'if [ "$code" -eq 143 ] && [ "$((${{SLURM_JOB_END_TIME:-0}} - $(date +%s)))" -lt {2 * SAVE_S} ]; '
-                "then",
-                '    scontrol requeue "$SLURM_JOB_ID"',
-                "fi",
-                'exit "$code"',
-                "",
-            ]
-        ),
-        encoding="utf-8",
+    return min(
+        at_once, key=lambda rank: (failures[rank].exitcode in ended_by_agent, failures[rank].exitcode > 0)
     )

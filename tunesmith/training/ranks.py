@@ -39,7 +39,11 @@ def _who_is_late(message: str) -> str:
     """From the words of torch's monitored barrier."""
     if found := re.search(r"Ranks ([\d, ]+) failed to pass", message):
         late = re.findall(r"\d+", found[1])
-        return f"rank {late[0]} did not come to" if len(late) == 1 else f"ranks {', '.join(late)} did not come to"
+        return (
+            f"rank {late[0]} did not come to"
+            if len(late) == 1
+            else f"ranks {', '.join(late)} did not come to"
+        )
     if dist.get_rank() > 0:
         return "rank 0 (which says who else is late) did not come to, or did not let go of,"
     return "not every rank came to"
