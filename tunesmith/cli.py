@@ -59,7 +59,7 @@ def _explain(error: Exception) -> tuple[str, str]:
         fix = "Lower train.micro_batch_tokens, or set train.gradient_checkpointing=true."
         return "failed: ", f"the accelerator's memory is full. {fix}\n{str(error).partition('. ')[0]}."
     if "/gloo/" in str(error) and "by peer" in str(error):
-        return "failed: ", "another rank has gone; what it said last is in its log, and said by the launcher"
+        return "failed: ", "another rank has gone; the launcher on its machine says which one, and how"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "failed: ", f"the disk is full: {error.filename or 'while writing'}"
     return "failed: ", (
