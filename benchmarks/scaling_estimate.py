@@ -82,7 +82,7 @@ def sent_bytes(model: Model, strategy: str, ranks: int, *, is_lora: bool) -> flo
     frozen, trained = _counts(model, is_lora)
     whole = {
         "ddp": 8 * trained,
-        "fsdp": 4 * frozen + 8 * trained,
+        "fsdp": 4 * frozen + 6 * trained,
         "zero2": 4 * trained,
         "zero3": 4 * frozen + 6 * trained,
     }[strategy]

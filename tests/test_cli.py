@@ -24,7 +24,18 @@ from tunesmith import cli
 from tunesmith.config.reference import schema_json
 
 TUNESMITH = str(Path(sys.executable).with_name("tunesmith"))
-VERBS = ["sft", "launch", "preview", "chat", "checkpoints", "verify-resume", "demo-model", "schema"]
+VERBS = [
+    "sft",
+    "pretrain",
+    "launch",
+    "preview",
+    "chat",
+    "checkpoints",
+    "verify-resume",
+    "tokenizer",
+    "demo-model",
+    "schema",
+]
 
 
 def environment(**more: str) -> dict[str, str]:

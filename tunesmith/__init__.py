@@ -1,4 +1,4 @@
-"""tunesmith: exact fine-tuning of causal language models.
+"""tunesmith: exact pretraining and fine-tuning of causal language models.
 
 import tunesmith
 result = tunesmith.sft("config.yaml")
@@ -10,16 +10,18 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tunesmith.recipes.sft import SftResult, sft
+    from tunesmith.recipes.pretrain import pretrain
+    from tunesmith.recipes.sft import sft
+    from tunesmith.recipes.train import RunResult
 
-__all__ = ["SftResult", "__version__", "sft"]
+__all__ = ["RunResult", "__version__", "pretrain", "sft"]
 __version__ = version("tunesmith")
 
 
 def __getattr__(name: str) -> Any:
     """Recipes are imported when they are asked for: they bring torch, which takes seconds."""
-    if name in ("sft", "SftResult"):
-        from tunesmith.recipes import sft as module
+    if name in ("sft", "pretrain", "RunResult"):
+        from importlib import import_module
 
-        return getattr(module, name)
+        return getattr(import_module(f"tunesmith.recipes.{'train' if name == 'RunResult' else name}"), name)
     raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")

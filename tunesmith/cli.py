@@ -16,7 +16,7 @@ from pathlib import Path
 from tunesmith.errors import Interrupted, TunesmithError, UserError
 
 # Those that `launch` starts.
-_TRAINING_VERBS = ("sft",)
+_TRAINING_VERBS = ("sft", "pretrain")
 
 _EPILOG = """exit codes: 0 done, 1 the run failed, 2 your input is wrong, 130/143 stopped by SIGINT/SIGTERM,
 141 the reader of the output went away"""
@@ -106,7 +106,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
     parser = argparse.ArgumentParser(
         prog="tunesmith",
-        description="Exact fine-tuning of causal language models.",
+        description="Exact pretraining and fine-tuning of causal language models.",
         epilog=_EPILOG,
         allow_abbrev=False,
     )
@@ -117,13 +117,19 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sft = verbs.add_parser(
         "sft", parents=[common], help="supervised fine-tuning", description="Supervised fine-tuning."
     )
-    _add_config(sft)
-    sft.add_argument(
-        "--profile-startup",
-        action="store_true",
-        help="after the first step, show where the time from the command to it went",
-    )
     sft.set_defaults(run=_sft)
+
+    pretrain = verbs.add_parser(
+        "pretrain", parents=[common], help="pretraining on text", description="Pretraining on text."
+    )
+    pretrain.set_defaults(run=_pretrain)
+    for recipe in (sft, pretrain):
+        _add_config(recipe)
+        recipe.add_argument(
+            "--profile-startup",
+            action="store_true",
+            help="after the first step, show where the time from the command to it went",
+        )
 
     launch = verbs.add_parser(
         "launch",
@@ -201,6 +207,37 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     verify_resume.set_defaults(run=_verify_resume)
 
+    tokenizer = verbs.add_parser(
+        "tokenizer",
+        parents=[common],
+        help="learn a tokenizer from text",
+        description="Tokenizers for models from scratch.",
+    )
+    actions = tokenizer.add_subparsers(required=True, metavar="train", dest="action")
+    train = actions.add_parser(
+        "train",
+        parents=[common],
+        help="learn a byte-level BPE tokenizer",
+        description="Learn a byte-level BPE tokenizer from files, folders, globs or hub data sets.",
+    )
+    train.add_argument("corpora", nargs="+", metavar="CORPUS", help="a path as in data.train")
+    train.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="tokens, control tokens among them"
+    )
+    train.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+    train.add_argument("--base", metavar="TOKENIZER", help="tokenizer to compare with: folder or hub id")
+    train.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=OURS",
+        help="rename a column before the format is found, as data.columns does: --column body=text",
+    )
+    train.add_argument(
+        "--max-bytes", type=int, default=2**30, metavar="N", help="text to learn from (default 1 GiB)"
+    )
+    train.set_defaults(run=_train_tokenizer)
+
     demo = verbs.add_parser(
         "demo-model",
         parents=[common],
@@ -240,7 +277,8 @@ def _sft(options: argparse.Namespace) -> None:
     startup = Startup()
     from tunesmith.config import load_config
 
-    config = load_config(options.config, options.overrides)  # seconds before torch is there to complain
+    # Seconds before torch is there to complain.
+    config = load_config(options.config, options.overrides, recipe="sft")
     startup.mark("config")
     _quiet_libraries()
     from tunesmith.recipes.sft import sft
@@ -249,10 +287,26 @@ def _sft(options: argparse.Namespace) -> None:
     sft(config, startup=startup if options.profile_startup else None)
 
 
+def _pretrain(options: argparse.Namespace) -> None:
+    from tunesmith.training.startup import Startup
+
+    startup = Startup()
+    from tunesmith.config import load_config
+
+    config = load_config(options.config, options.overrides, recipe="pretrain")
+    startup.mark("config")
+    _quiet_libraries()
+    from tunesmith.recipes.pretrain import pretrain
+
+    startup.mark("imports")
+    pretrain(config, startup=startup if options.profile_startup else None)
+
+
 def _launch(options: argparse.Namespace) -> int:
     from tunesmith.config import load_config
 
-    config = load_config(options.config, options.overrides)  # so that a mistake is said once, and at once
+    # First, so that a mistake is said once, and at once.
+    config = load_config(options.config, options.overrides, recipe=options.training_verb)
     from tunesmith.errors import ConfigError
     from tunesmith.training.launch import Place, launch
     from tunesmith.training.slurm import write_sbatch
@@ -303,6 +357,20 @@ def _verify_resume(options: argparse.Namespace) -> None:
     from tunesmith.inspect.verify_resume import verify_resume
 
     verify_resume(config, at=options.at, steps=options.steps)
+
+
+def _train_tokenizer(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from tunesmith.data.train_tokenizer import train_tokenizer
+
+    train_tokenizer(
+        options.corpora,
+        vocab_size=options.vocab_size,
+        out=options.out,
+        base=options.base,
+        columns=options.column,
+        max_bytes=options.max_bytes,
+    )
 
 
 def _demo_model(options: argparse.Namespace) -> None:

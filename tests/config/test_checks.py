@@ -24,6 +24,8 @@ MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "a.jsonl"}}
         ({"train": {"epochs": 0.5}}, {"epochs": 0.5}),
         ({"adapter": {"method": "none"}}, {"learning_rate": 1e-5}),
         ({"adapter": {"method": "none"}, "train": {"learning_rate": 3e-5}}, {"learning_rate": 3e-5}),
+        ({"model": {"config": "c"}}, {"learning_rate": 6e-4}),
+        ({"model": {"config": "c"}, "adapter": {"method": "none"}}, {"learning_rate": 6e-4}),
     ],
 )
 def test_defaults_that_depend_on_other_settings_are_written_out(
@@ -43,6 +45,8 @@ def test_defaults_that_depend_on_other_settings_are_written_out(
         {"data": {"train": "a", "valid": 0.1}},
         {"data": {"train": "a", "loading": "streaming"}, "train": {"max_steps": 5}},
         {"model": {"path": "m", "freeze": [r"layers\.[0-3]\."]}, "adapter": {"method": "none"}},
+        {"model": {"config": "c", "config_changes": {"hidden_size": 8, "rope_parameters": {"factor": 2.0}}}},
+        {"train": {"batch_size_warmup": {"start": 2, "steps": 9}, "min_learning_rate": 1e-5}},
     ],
 )
 def test_a_saved_config_reruns_with_every_default_written_out(
@@ -85,6 +89,29 @@ def test_contradictions_are_judged_by_values_and_not_by_what_was_written(
         load_config({**MINIMAL, **settings})
     lines = str(caught.value).splitlines()
     assert len([line for line in lines if "mistakes" not in line]) == num_contradictions
+
+
+def test_a_model_goes_on_with_an_adapter_and_begins_without() -> None:
+    assert load_config(MINIMAL).adapter.method == "lora"
+    assert load_config({**MINIMAL, "model": {"config": "c"}}).adapter.method == "none"
+
+
+@pytest.mark.parametrize(
+    ("model", "origin", "tokenizer"),
+    [
+        ({"path": "m"}, ("model.path", "m"), ("model.path", "m")),
+        ({"path": "m", "tokenizer": "t"}, ("model.path", "m"), ("model.tokenizer", "t")),
+        ({"config": "owner/name"}, ("model.config", "owner/name"), ("model.config", "owner/name")),
+        ({"config": "a/b.json"}, ("model.config", "a/b.json"), ("model.config", "a")),
+        ({"config": "b.json"}, ("model.config", "b.json"), ("model.config", ".")),
+        ({"config": "b.json", "tokenizer": "t"}, ("model.config", "b.json"), ("model.tokenizer", "t")),
+    ],
+)
+def test_the_tokenizer_is_the_one_named_or_lies_beside_the_model_or_its_config(
+    model: dict[str, Any], origin: tuple[str, str], tokenizer: tuple[str, str]
+) -> None:
+    config = load_config({**MINIMAL, "model": model}).model
+    assert (config.origin, config.tokenizer_origin) == (origin, tokenizer)
 
 
 def test_a_template_file_is_accepted_when_it_exists(tmp_path: Path) -> None:

@@ -176,7 +176,10 @@ def test_a_slip_in_any_key_is_answered_with_the_right_key(data: st.DataObject) -
     siblings = {other.rpartition(".")[2] for other in all_keys() if other.rpartition(".")[0] == section}
     slip = data.draw(_edits(name).filter(lambda text: text not in siblings))
     values = copy.deepcopy(MINIMAL)
-    (values.setdefault(section, {}) if section else values)[slip] = None
+    below: dict[str, Any] = values
+    for part in section.split(".") if section else []:
+        below = below.setdefault(part, {})
+    below[slip] = None
     written = f"{section}.{slip}" if section else slip
     assert f"config: unknown key {written}. Did you mean {key}?" in _message(values).splitlines()
 

@@ -253,6 +253,7 @@ def test_a_row_of_many_examples_is_counted_once_and_its_examples_each() -> None:
     assert {key: value for key, value in values.items() if isinstance(value, int)} == {
         "rows_read": 4, "rows_kept": 2, "rows_bad": 1, "rows_too_long": 1, "rows_cut": 1,
         "examples": 3, "tokens": 25, "target_tokens": 7,
+        "text_bytes": 0, "rows_split": 0, "pieces": 0,
         "examples_cut": 2, "tokens_cut": 12, "target_tokens_cut": 10,
         "examples_too_long": 3, "tokens_too_long": 90, "target_tokens_too_long": 9, "not_listed": 0,
     }  # fmt: skip

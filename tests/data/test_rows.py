@@ -80,6 +80,6 @@ def test_a_stream_without_rows_says_so_also_when_they_have_gone(tmp_path):
     with pytest.raises(DataError, match="there is no row in it"):
         stream([source])[0]
     resumed = stream([source])
-    resumed.start_at({"block": 0, "positions": [[0, 3]], "turn": 0})
+    resumed.start_at({"window": 0, "first": 0, "positions": [[0, 3]], "turn": 0})
     with pytest.raises(DataError, match="there is no row in it"):
         resumed[0]

@@ -520,3 +520,33 @@ def test_the_shared_sets_are_read_as_json_loads_reads_them(name: str, num_rows: 
     assert len(rows) == num_rows
     lines = text.split("\n")
     assert all(lines[int(row.place.rpartition(":")[2]) - 1].lstrip().startswith("{") for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("sample_by", "expected"),
+    [
+        ("line", [(1, "one"), (2, "two"), (5, "  three"), (6, "four ")]),
+        ("paragraph", [(1, "one\ntwo"), (5, "  three\nfour ")]),
+        ("document", [(1, "one\ntwo\n\n \n  three\nfour ")]),
+    ],
+)
+def test_a_row_of_a_text_file_is_a_line_a_paragraph_or_the_file(tmp_path, sample_by, expected):
+    file = tmp_path / "a.txt"
+    file.write_text("one\ntwo\n\n \n  three\nfour \n")
+    source = SourceConfig(path=str(file), sample_by=sample_by)
+    rows = list(iter_rows(source, max_row_bytes=100))
+    assert [(row.place, row.payload["text"]) for row in rows] == [
+        (f"{file}:{line}", text) for line, text in expected
+    ]
+
+
+@pytest.mark.parametrize("sample_by", ["paragraph", "document"])
+def test_a_paragraph_over_the_limit_is_one_bad_row_with_its_size(tmp_path, sample_by):
+    file = tmp_path / "a.txt"
+    file.write_text(
+        "\n" * (sample_by == "paragraph") + "0123456789\n" * 10 + "\nend\n" * (sample_by == "paragraph")
+    )
+    first, *rest = iter_rows(SourceConfig(path=str(file), sample_by=sample_by), max_row_bytes=50)
+    assert first.payload.reason == "too_large"
+    assert "110 bytes" in first.payload.detail
+    assert [row.payload["text"] for row in rest] == ["end"] * (sample_by == "paragraph")

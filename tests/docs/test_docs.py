@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from tiny import conversations, make_tiny_model, write_rows
 
 import tunesmith
-from tunesmith.config import Config, all_keys
+from tunesmith.config import Config, all_keys, load_config
 from tunesmith.config.keys import FORMER_NAMES, suggest_key
-from tunesmith.config.schema import Format, TrackingConfig
+from tunesmith.config.schema import Format, ModelConfig, TrackingConfig, TrainConfig
 from tunesmith.data import formats
 from tunesmith.data.decode import parse_json
 from tunesmith.data.formats import detect_format, read_record
 from tunesmith.data.report import SourceReport
 from tunesmith.data.sources import ENDINGS
 from tunesmith.data.templates import TrainOn, turn_weights
+from tunesmith.models.cost import OPTIMAL_TOKENS_PER_PARAMETER
 from tunesmith.training.run_folder import FREE_TO_CHANGE, read_metrics
 
 REPOSITORY = Path(__file__).parents[2]
@@ -140,6 +142,9 @@ def test_the_keys_of_the_data_report_are_those_of_the_code() -> None:
         "valid_rows",
         "valid_examples_also_in_train",
         "train_examples_seen_before",
+        "block_size",
+        "block_fill",
+        "drawn",
     }
 
 
@@ -169,7 +174,7 @@ def test_every_value_of_train_on_and_the_example_of_weights() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tunesmith.SftResult:
+def run(tmp_path_factory: pytest.TempPathFactory) -> tunesmith.RunResult:
     """A tiny run that evaluates, answers rows and saves checkpoints."""
     folder = tmp_path_factory.mktemp("run")
     config: dict[str, Any] = {
@@ -188,7 +193,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tunesmith.SftResult:
     return tunesmith.sft(config)
 
 
-def test_a_run_writes_the_files_that_the_table_has(run: tunesmith.SftResult) -> None:
+def test_a_run_writes_the_files_that_the_table_has(run: tunesmith.RunResult) -> None:
     (table,) = tables("docs/runs.md", "The run folder")
     written = {item.name + "/" * item.is_dir() for item in run.run.iterdir()}
     assert set(first_cells([[row[0]] for row in table])) == written | {
@@ -198,14 +203,14 @@ def test_a_run_writes_the_files_that_the_table_has(run: tunesmith.SftResult) -> 
     }
 
 
-def test_the_metric_keys_are_those_a_run_writes(run: tunesmith.SftResult) -> None:
+def test_the_metric_keys_are_those_a_run_writes(run: tunesmith.RunResult) -> None:
     steps, evals = tables("docs/runs.md", "metrics.jsonl")
     lines = read_metrics(run.run / "metrics.jsonl")
     assert {tuple(line) for line in lines if "loss" in line} == {tuple(first_cells(steps))}
     assert {tuple(line) for line in lines if "loss" not in line} == {tuple(first_cells(evals))}
 
 
-def test_the_summary_keys_are_those_a_run_writes(run: tunesmith.SftResult) -> None:
+def test_the_summary_keys_are_those_a_run_writes(run: tunesmith.RunResult) -> None:
     (table,) = tables("docs/runs.md", "summary.json")
     assert first_cells(table) == list(json.loads((run.run / "summary.json").read_text()))
 
@@ -221,7 +226,7 @@ def test_the_trackers_are_those_of_the_config() -> None:
     assert set(first_cells([[row[0]] for row in table])) == set(get_args(names))
 
 
-def test_the_lines_that_load_a_result_do(run: tunesmith.SftResult) -> None:
+def test_the_lines_that_load_a_result_do(run: tunesmith.RunResult) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", read("docs/runs.md"), re.DOTALL)
     assert code.count("runs/NAME") == 2
     names: dict[str, Any] = {}
@@ -274,7 +279,10 @@ def test_every_option_of_the_scripts_is_in_the_map_once(options: str) -> None:
     assert {option: ours for option, ours in found.items() if len(ours) > 1} == {}
 
 
-@pytest.mark.parametrize("name", ["docs/data.md", "docs/masks.md", "docs/runs.md", "docs/migrating.md"])
+DOCS = ("data", "masks", "runs", "migrating", "pretraining")
+
+
+@pytest.mark.parametrize("name", [f"docs/{name}.md" for name in DOCS])
 def test_every_key_that_the_docs_name_exists(name: str) -> None:
     sections = "|".join(Config.model_fields)
     named = set(re.findall(rf"(?<![\w./])((?:{sections})\.[a-z_]+)(?![\w/(])", read(name)))
@@ -295,6 +303,32 @@ def test_options_that_a_config_is_asked_for_lead_to_the_keys_of_the_map() -> Non
         hint, right = suggest_key((option,))
         if hint.startswith("Here that is ") and right:
             assert {".".join(map(str, key)) for key in right} == set(re.findall(r"`([^`]+)`", *cells)), option
+
+
+# --- docs/pretraining.md
+
+
+def test_the_config_of_a_model_from_scratch_is_one() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", read("docs/pretraining.md"), re.DOTALL)
+    config = load_config(yaml.safe_load(text.replace("6e-5", "0.00006").replace("1e-4", "0.0001")))
+    assert (config.model.is_from_scratch, config.train.learning_rate) == (True, 6e-4)
+
+
+def test_the_tables_of_schedules_and_initialisations_have_every_value() -> None:
+    (schedules,) = tables("docs/pretraining.md", "Schedules")
+    assert set(first_cells(schedules)) == set(get_args(TrainConfig.model_fields["schedule"].annotation))
+    (initialisations,) = tables("docs/pretraining.md", "Weights")
+    assert set(first_cells(initialisations)) == set(
+        get_args(ModelConfig.model_fields["initialisation"].annotation)
+    )
+
+
+def test_the_table_of_tokens_is_twenty_a_parameter() -> None:
+    (table,) = tables("docs/pretraining.md", "Size and tokens")
+    unit = {"M": 1e6, "B": 1e9}
+    for row in table:
+        parameters, tokens = (float(cell[:-1]) * unit[cell[-1]] for cell in row)
+        assert tokens == pytest.approx(OPTIMAL_TOKENS_PER_PARAMETER * parameters)
 
 
 # --- CONTRIBUTING.md

@@ -5,6 +5,7 @@ P predictions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from unittest.mock import patch
 
 import pytest
@@ -54,16 +55,23 @@ def plain_logits(hidden, weight, bias, lora_a, lora_b, change):
     return logits if change.softcap is None else change.softcap * torch.tanh(logits / change.softcap)
 
 
-def plain_losses(leaves, targets, weights, change, smoothing):
+def plain_losses(leaves, targets, weights, change, smoothing, z_loss=0.0):
     logits = plain_logits(*leaves.values(), change)
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(wide, targets, reduction="none", label_smoothing=smoothing) * weights
+    nll = F.cross_entropy(wide, targets, reduction="none", label_smoothing=smoothing)
+    return (nll + z_loss * wide.logsumexp(-1) ** 2) * weights
 
 
-def fused_losses(leaves, targets, weights, change, smoothing):
+def fused_losses(leaves, targets, weights, change, smoothing, z_loss=0.0):
     hidden, *parts = leaves.values()
     return prediction_losses(
-        hidden, LinearParts(*parts, SCALE), targets, weights, change=change, label_smoothing=smoothing
+        hidden,
+        LinearParts(*parts, SCALE),
+        targets,
+        weights,
+        change=change,
+        label_smoothing=smoothing,
+        z_loss=z_loss,
     )
 
 
@@ -99,9 +107,14 @@ def cases(draw):
     return leaves, targets, weights, trained, change, outer
 
 
-@given(case=cases(), smoothing=st.sampled_from([0.0, 0.1]), chunk_rows=st.integers(1, 50))
-@settings(max_examples=250, deadline=None)
-def test_losses_and_gradients_are_those_of_cross_entropy_on_logits(case, smoothing, chunk_rows):
+@given(
+    case=cases(),
+    smoothing=st.sampled_from([0.0, 0.1]),
+    z_loss=st.sampled_from([0.0, 1e-4, 0.1]),
+    chunk_rows=st.integers(1, 50),
+)
+@settings(max_examples=350, deadline=None)
+def test_losses_and_gradients_are_those_of_cross_entropy_on_logits(case, smoothing, z_loss, chunk_rows):
     """To 1e-5: float32 sums of up to 90 terms, some of them of differences. A logit z is rounded to
     |z| 2^-24, and with it the exponent of its probability, which the tolerance has to add. What is small
     because a prediction is sure or a logit at its cap is a difference of larger numbers: it is measured by
@@ -109,10 +122,21 @@ def test_losses_and_gradients_are_those_of_cross_entropy_on_logits(case, smoothi
     leaves, targets, weights, trained, change, outer = case
     vocabulary = len(leaves["weight"])
     with patch.object(head_module, "CHUNK_BYTES", 4 * vocabulary * chunk_rows):
-        found = with_gradients(fused_losses, leaves, trained, outer, targets, weights, change, smoothing)
+        found = with_gradients(
+            fused_losses, leaves, trained, outer, targets, weights, change, smoothing, z_loss
+        )
     expected, sure, unsure = (
         with_gradients(
-            plain_losses, leaves, trained, outer.double(), t, weights, f, smoothing, dtype=torch.float64
+            plain_losses,
+            leaves,
+            trained,
+            outer.double(),
+            t,
+            weights,
+            f,
+            smoothing,
+            z_loss,
+            dtype=torch.float64,
         )
         for t, f in (
             (targets, change),
@@ -131,14 +155,15 @@ def test_losses_and_gradients_are_those_of_cross_entropy_on_logits(case, smoothi
 @pytest.mark.parametrize("large", [1.0, 40.0])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_in_bfloat16_the_head_is_as_near_to_the_truth_as_torch_is(large, lora, softcap, kernels):
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4])
+def test_in_bfloat16_the_head_is_as_near_to_the_truth_as_torch_is(large, lora, softcap, z_loss, kernels):
     """At most 1.5 times torch's own distance in bfloat16 from float64, plus one rounding (2^-9): the same
     numbers of eight bits, summed in another order."""
     leaves, targets, weights = tensors(
         96, 700, seed=3, size=64, bias=True, lora=lora, large=large, dtype=torch.bfloat16
     )
     trained = [name for name in NAMES if leaves[name] is not None]
-    rest = (torch.tensor(0.5), targets, weights, LogitChange(1.0, softcap), 0.0)
+    rest = (torch.tensor(0.5), targets, weights, LogitChange(1.0, softcap), 0.0, z_loss)
     with patch.object(head_module, "CHUNK_BYTES", 2 * 700 * 20):
         ours = with_gradients(fused_losses, leaves, trained, *rest)
     stock = with_gradients(plain_losses, leaves, trained, *rest)
@@ -148,6 +173,39 @@ def test_in_bfloat16_the_head_is_as_near_to_the_truth_as_torch_is(large, lora, s
             float((some[name] - expected).norm() / expected.norm()) for some in (ours, stock)
         )
         assert our_error <= 1.5 * stock_error + 2**-9, name
+
+
+def test_a_z_loss_adds_its_coefficient_times_the_square_of_log_z():
+    """Logits that are all equal to a: log Z = a + log V. A row of the gradient is softmax - target, and 2 c
+    log Z / V more for every token of the vocabulary."""
+    hidden = torch.tensor([[3.0], [-2.0]], requires_grad=True)
+    weight = torch.ones(8, 1, requires_grad=True)
+    targets, weights, c = torch.tensor([1, 6]), torch.tensor([1.0, 0.5]), 0.01
+    losses = prediction_losses(hidden, LinearParts(weight), targets, weights, z_loss=c)
+    log_z = [3 + math.log(8), -2 + math.log(8)]
+    by_hand = [w * (math.log(8) + c * z**2) for w, z in zip([1.0, 0.5], log_z, strict=True)]
+    assert losses.tolist() == pytest.approx(by_hand, rel=1e-6)
+    losses.sum().backward()
+    # dlog Z / dhidden is 1 where every weight is 1, and the likelihood does not depend on hidden
+    assert hidden.grad[:, 0].tolist() == pytest.approx(
+        [2 * c * log_z[0], 0.5 * 2 * c * log_z[1]], rel=1e-5, abs=1e-7
+    )
+    of_other = 3 * (1 / 8 + 2 * c * log_z[0] / 8) - 2 * 0.5 * (1 / 8 + 2 * c * log_z[1] / 8)
+    of_target = of_other - 3
+    assert weight.grad[[0, 1], 0].tolist() == pytest.approx([of_other, of_target], rel=1e-5)
+
+
+def test_the_gradient_is_exact_where_the_slope_of_the_z_loss_is_zero():
+    """1 + 2 c log Z = 0: there the probabilities drop out of the gradient, which has no such factor to divide
+    by."""
+    weight = torch.zeros(4, 1)
+    weight[:, 0] = torch.tensor([-2.0 - math.log(4)] * 4)
+    leaves = {"hidden": torch.ones(1, 1), "weight": weight, "bias": None, "lora_a": None, "lora_b": None}
+    rest = (torch.tensor(1.0), torch.tensor([2]), torch.ones(1), LogitChange(), 0.0, 0.25)
+    found = with_gradients(fused_losses, leaves, ["weight"], *rest)
+    exact = with_gradients(plain_losses, leaves, ["weight"], *rest, dtype=torch.float64)
+    assert exact["weight"][:, 0].tolist() == pytest.approx([0, 0, -1, 0], abs=1e-6)
+    assert torch.allclose(found["weight"], exact["weight"], atol=2e-6)
 
 
 @pytest.mark.parametrize("trained", [["weight"], ["hidden", "weight", "bias", "lora_a", "lora_b"]])
@@ -250,10 +308,13 @@ def losses_and_reference(model):
     head = loss_head(model)
     assert head is not None
     torch.manual_seed(1)
-    found = head(model, targets, weights, input_ids=ids, use_cache=False, logits_to_keep=positions)
+    found = head(
+        model, targets, weights, z_loss=0.1, input_ids=ids, use_cache=False, logits_to_keep=positions
+    )
     torch.manual_seed(1)
     logits = model(input_ids=ids, use_cache=False, logits_to_keep=positions).logits[0]
-    return found, F.cross_entropy(logits, targets, reduction="none") * weights
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    return found, (nll + 0.1 * logits.exp().sum(-1).log() ** 2) * weights
 
 
 def test_a_head_with_dropout_in_its_lora_drops():

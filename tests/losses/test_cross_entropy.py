@@ -38,3 +38,12 @@ def test_the_softmax_of_bfloat16_logits_is_taken_in_float32():
 def test_shapes_that_do_not_agree_are_refused():
     with pytest.raises(ValueError, match=r"logits \(3, 8\), targets \(2,\), weights \(2,\)"):
         weighted_cross_entropy(torch.zeros(3, 8), torch.zeros(2, dtype=torch.long), torch.ones(2))
+
+
+def test_a_z_loss_adds_its_coefficient_times_the_square_of_log_z():
+    """Logits that are all 2: Z = 8 e^2."""
+    losses = weighted_cross_entropy(
+        torch.full((2, 8), 2.0), torch.tensor([0, 7]), torch.tensor([1.0, 0.5]), z_loss=0.01
+    )
+    whole = math.log(8) + 0.01 * (2 + math.log(8)) ** 2
+    assert losses.tolist() == pytest.approx([whole, whole / 2], rel=1e-6)

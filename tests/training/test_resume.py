@@ -71,8 +71,13 @@ def stop_after(monkeypatch, step: int):
         {"adapter": {"dropout": 0.1}, "data": {"packing": "none"}},
         {"adapter": {"method": "none"}, "train": {"learning_rate": 1e-3, "neftune_alpha": 5}},
         {"data": {"loading": "lazy"}, "adapter": {"dropout": 0.1}},
+        # 20 rows: 1 1 2 3 4 4 4 1 | 4 4 ..., cut off at 10 steps
+        {
+            "train": {"batch_size_warmup": {"start": 1, "steps": 4}, "max_steps": 10, "epochs": None},
+            "adapter": {"dropout": 0.1},
+        },
     ],
-    ids=["lora-dropout", "unpacked", "full-neftune", "lazy"],
+    ids=["lora-dropout", "unpacked", "full-neftune", "lazy", "batch-size-warmup"],
 )
 def test_a_stopped_run_ends_with_the_same_weights_and_metrics(
     run_config, tmp_path, monkeypatch, sections, stop_at
@@ -80,7 +85,7 @@ def test_a_stopped_run_ends_with_the_same_weights_and_metrics(
     valid = write_rows(tmp_path / "valid.jsonl", conversations(4, seed=11))
     sections = {key: dict(value) for key, value in sections.items()}
     sections.setdefault("data", {})["valid"] = str(valid)
-    sections.setdefault("train", {})["epochs"] = 2
+    sections.setdefault("train", {}).setdefault("epochs", 2)
     config = run_config(**sections)
     if config["adapter"].get("method") == "none":
         config["adapter"] = {"method": "none"}

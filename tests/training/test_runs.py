@@ -203,24 +203,41 @@ def test_lora_plus_gives_b_matrices_a_higher_learning_rate(run_config):
     assert sorted(groups) == [(pytest.approx(0.01), 14), (pytest.approx(0.16), 14)]
 
 
-def test_weight_decay_spares_biases_and_norms(run_config):
+@pytest.mark.parametrize(
+    ("family", "spared"),
+    [
+        ("qwen2", {"model.embed_tokens.weight"}),  # which is its head too
+        ("mistral", {"model.embed_tokens.weight"}),
+    ],
+)
+def test_weight_decay_spares_biases_norms_and_embeddings(run_config, family, spared):
     from tunesmith.training.trainer import PackTrainer
 
-    sizes = {}
+    found = {}
     original = PackTrainer.create_optimizer
 
     def create(self, model=None):
         optimizer = original(self, model)
+        names = {id(p): name for name, p in self.model.named_parameters()}
         for group in optimizer.param_groups:
-            sizes[group["weight_decay"]] = {p.ndim for p in group["params"]}
+            found[group["weight_decay"]] = {names[id(p)] for p in group["params"]}
         return optimizer
 
-    config = run_config("qwen2", train={"weight_decay": 0.1, "max_steps": 1, "epochs": None})
+    config = run_config(family, train={"weight_decay": 0.1, "max_steps": 1, "epochs": None})
     config["adapter"] = {"method": "none"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PackTrainer, "create_optimizer", create)
         tunesmith.sft(config)
-    assert sizes == {0.1: {2}, 0.0: {1}}
+    matrices = {"self_attn": "qkvo", "mlp": ("gate", "up", "down")}
+    decayed = {
+        f"model.layers.{layer}.{part}.{name}_proj.weight"
+        for layer in (0, 1)
+        for part, names in matrices.items()
+        for name in names
+    }
+    assert found[0.1] == decayed | ({"lm_head.weight"} if family == "mistral" else set())
+    assert spared <= found[0.0]
+    assert found[0.0] - spared == {name for name in found[0.0] if "norm" in name or name.endswith("bias")}
 
 
 def test_frozen_parameters_stay_as_they_were(run_config, tiny_models):

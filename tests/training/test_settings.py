@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny import conversations, write_rows
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tunesmith
 from tunesmith.errors import ConfigError, MissingExtraError
@@ -25,27 +25,50 @@ def cosine(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
+def linear(step, steps, warmup):
+    return (steps - step) / (steps - warmup)
+
+
+def stable_then_down(step, steps, decay):
+    """By 1 - sqrt over the last `decay` steps, the first of which is still at the top."""
+    return 1 - math.sqrt(max(0, step - (steps - decay)) / decay)
+
+
 @pytest.mark.parametrize(
-    ("schedule", "factor"),
+    ("settings", "factor"),
     [
-        ("constant", lambda step, steps, warmup: 1.0),
-        ("linear", lambda step, steps, warmup: (steps - step) / (steps - warmup)),
-        ("cosine", cosine),
-        ("cosine_with_min_lr", lambda step, steps, warmup: 0.1 + 0.9 * cosine(step, steps, warmup)),
-        ("inverse_sqrt", lambda step, steps, warmup: math.sqrt(warmup / step)),
-        # Stable, then down over the last tenth: one step of ten, which begins at the top.
-        ("warmup_stable_decay", lambda step, steps, warmup: 1.0),
+        ({"schedule": "constant"}, lambda step, steps, warmup: 1.0),
+        ({"schedule": "linear"}, linear),
+        ({"schedule": "linear", "min_learning_rate": 2e-4}, lambda *at: 0.2 + 0.8 * linear(*at)),
+        ({"schedule": "cosine"}, cosine),
+        ({"schedule": "cosine", "min_learning_rate": 2e-4}, lambda *at: 0.2 + 0.8 * cosine(*at)),
+        ({"schedule": "cosine_with_min_lr"}, lambda *at: 0.1 + 0.9 * cosine(*at)),
+        ({"schedule": "cosine_with_min_lr", "min_learning_rate": 3e-4}, lambda *at: 0.3 + 0.7 * cosine(*at)),
+        ({"schedule": "inverse_sqrt"}, lambda step, steps, warmup: math.sqrt(warmup / step)),
+        # a tenth of 30 steps
+        ({"schedule": "warmup_stable_decay"}, lambda step, steps, warmup: stable_then_down(step, steps, 3)),
+        (
+            {"schedule": "warmup_stable_decay", "decay": 0.5},
+            lambda step, steps, warmup: stable_then_down(step, steps, 15),
+        ),
+        # more than is left after the warm-up
+        (
+            {"schedule": "warmup_stable_decay", "decay": 28},
+            lambda step, steps, warmup: stable_then_down(step, steps, 26),
+        ),
     ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
-def test_the_learning_rate_follows_the_formula_of_its_schedule(run_config, schedule, factor):
-    steps, warmup, peak = 10, 4, 1e-3
+def test_the_learning_rate_follows_the_formula_of_its_schedule(run_config, settings, factor):
+    steps, warmup, peak = 30, 4, 1e-3
     config = run_config(
         train={
             "max_steps": steps,
             "epochs": None,
-            "schedule": schedule,
+            "batch_size": 1,
             "warmup": warmup,
             "learning_rate": peak,
+            **settings,
         }
     )
     rates = [line["learning_rate"] for line in lines_of(tunesmith.sft(config))]
@@ -53,6 +76,71 @@ def test_the_learning_rate_follows_the_formula_of_its_schedule(run_config, sched
         peak * (step / warmup if step < warmup else factor(step, steps, warmup)) for step in range(steps)
     ]
     assert rates == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_stable_phase_with_a_floor_ends_and_begins_at_it(run_config):
+    """transformers' warm-up of this schedule begins at the floor too."""
+    settings = {
+        "schedule": "warmup_stable_decay",
+        "decay": 4,
+        "min_learning_rate": 2e-4,
+        "learning_rate": 1e-3,
+    }
+    config = run_config(train={"max_steps": 10, "epochs": None, "batch_size": 1, "warmup": 4, **settings})
+    rates = [line["learning_rate"] for line in lines_of(tunesmith.sft(config))]
+    shape = [0, 1 / 4, 2 / 4, 3 / 4, 1, 1, *(1 - math.sqrt(step / 4) for step in range(4))]
+    assert rates == pytest.approx([2e-4 + 8e-4 * factor for factor in shape], rel=1e-6)
+
+
+def test_a_warm_up_of_all_steps_never_falls(run_config):
+    settings = {"schedule": "linear", "min_learning_rate": 2e-4, "learning_rate": 1e-3}
+    config = run_config(train={"max_steps": 4, "epochs": None, "warmup": 4, **settings})
+    rates = [line["learning_rate"] for line in lines_of(tunesmith.sft(config))]
+    assert rates == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4], rel=1e-6)
+
+
+def test_the_batch_size_grows_to_its_full_size_and_epochs_hold_every_row(run_config, tmp_path):
+    """20 rows; 1 + 3 k / 4 rows, rounded down, in the first four steps, then 4, and what is left of the
+    epoch."""
+    valid = str(write_rows(tmp_path / "valid.jsonl", conversations(3, seed=3)))
+    warmup = {"start": 1, "steps": 4}
+    config = run_config(data={"valid": valid}, train={"batch_size_warmup": warmup, "epochs": 2})
+    result = tunesmith.sft(config)
+    lines = lines_of(result)
+    assert [line["rows"] for line in lines] == [1, 1, 2, 3, 4, 4, 4, 1] + [4] * 5
+    assert [line["epoch"] for line in lines] == [step / 8 for step in range(1, 9)] + [
+        1 + step / 5 for step in range(1, 6)
+    ]
+    evaluated = [line["step"] for line in read_metrics(result.run / "metrics.jsonl") if "eval_loss" in line]
+    assert evaluated == [0, 8, 13]
+    assert {folder.name for folder in (result.run / "checkpoints").iterdir()} == {
+        "step-000008",
+        "step-000013",
+    }
+
+
+def test_a_z_loss_is_in_the_training_loss_and_not_in_the_eval_loss(run_config, tmp_path):
+    """One row for both: before the first step the two losses differ by the coefficient times the mean of
+    log(Z)^2 over the targets, which here is read off the model's logits."""
+    row = conversations(1, seed=8, max_turns=1)
+    file = str(write_rows(tmp_path / "one.jsonl", row))
+    train = {"max_steps": 1, "epochs": None, "batch_size": 1, "z_loss": 0.5}
+    config = run_config(data={"valid": file, "train_on": "all"}, train=train)
+    config["data"]["train"] = file
+    result = tunesmith.sft(config)
+    lines = read_metrics(result.run / "metrics.jsonl")
+    before = next(line["eval_loss"] for line in lines if line["step"] == 0)
+    tokenizer = AutoTokenizer.from_pretrained(config["model"]["path"])
+    model = AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=torch.float32)
+    ids = tokenizer.apply_chat_template(row[0]["messages"], return_tensors="pt", return_dict=True)[
+        "input_ids"
+    ]
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1]
+    nll = torch.nn.functional.cross_entropy(logits, ids[0, 1:]).item()
+    log_z = logits.double().exp().sum(-1).log()
+    assert before == pytest.approx(nll, rel=1e-5)
+    assert lines_of(result)[0]["loss"] == pytest.approx(nll + 0.5 * log_z.square().mean().item(), rel=1e-5)
 
 
 def test_warmup_below_one_is_a_fraction_of_all_steps(run_config):
@@ -207,8 +295,6 @@ def test_answers_before_and_after_are_those_of_greedy_decoding(run_config, tmp_p
     result = tunesmith.sft(config)
     assert result.summary["exact_match_before"] == 0.0
     assert result.summary["exact_match_after"] == 1.0
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(config["model"]["path"])
     model = AutoModelForCausalLM.from_pretrained(config["model"]["path"], dtype=torch.float32).eval()
     ids = tokenizer.apply_chat_template(

@@ -50,6 +50,9 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     tuned = [line for line in evals if line["step"]]
     seconds = sum(line["step_s"] for line in steps)
     tokens, targets = sum(line["tokens"] for line in steps), sum(line["target_tokens"] for line in steps)
+    of_texts: dict[str, Any] = {
+        key: tuned[-1][key] for key in ("eval_perplexity", "eval_bits_per_byte") if tuned and key in tuned[-1]
+    }
     best = min(tuned, key=lambda line: line["eval_loss"], default=None)
     return {
         "steps": steps[-1]["step"] if steps else 0,
@@ -60,6 +63,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "last_loss": steps[-1]["loss"] if steps else None,
         "eval_loss_before": next((line["eval_loss"] for line in evals if not line["step"]), None),
         "eval_loss": tuned[-1]["eval_loss"] if tuned else None,
+        **of_texts,
         "best_eval_loss": best["eval_loss"] if best else None,
         "best_step": best["step"] if best else None,
         "train_s": round(seconds, 3),
@@ -83,6 +87,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         ("tokens (targets)", f"{_number(summary['tokens'])} ({_number(summary['target_tokens'])})"),
         ("loss first -> last", _change(summary["first_loss"], summary["last_loss"])),
         ("eval loss before -> after", _change(summary["eval_loss_before"], summary["eval_loss"])),
+        ("perplexity, bits per byte", _of_texts(summary)),
         ("exact match before -> after", _percentages(summary)),
         ("training time", f"{summary['train_s']:.0f} s"),
         (
@@ -135,6 +140,12 @@ def _change(before: float | None, after: float | None) -> str:
     if after is None:
         return ""
     return f"{before:.4f} -> {after:.4f}" if before is not None else f"{after:.4f}"
+
+
+def _of_texts(summary: dict[str, Any]) -> str:
+    if "eval_perplexity" not in summary:
+        return ""
+    return f"{summary['eval_perplexity']:.4g}, {summary['eval_bits_per_byte']:.4f}"
 
 
 def _percentages(summary: dict[str, Any]) -> str:

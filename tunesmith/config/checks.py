@@ -67,8 +67,10 @@ OWNED_TRAINER_ARGS = {
     "prediction_loss_only": "nothing: evaluation computes the loss",
     "disable_tqdm": "nothing: tunesmith draws its own progress line",
     "label_smoothing_factor": "train.label_smoothing",
-    "deepspeed": "nothing: training with sharded state is not supported yet",
-    "fsdp": "nothing: training with sharded state is not supported yet",
+    "deepspeed": "distributed.strategy (zero2 or zero3) and distributed.config",
+    "fsdp": "distributed.strategy (fsdp)",
+    "fsdp_config": "distributed.config",
+    "ddp_timeout": "distributed.timeout_s",
     "use_liger_kernel": "nothing: it replaces the loss, whose masks and weights tunesmith owns",
 }
 
@@ -95,15 +97,30 @@ def _set(section: Section, **values: Any) -> None:
         object.__setattr__(section, key, value)
 
 
+# Defaults that depend on the recipe: section, key, value. The texts of a corpus have too little in common for
+# a tree.
+_OF_TUNING = (("adapter", "method", "lora"), ("data", "too_long", "drop"), ("data", "packing", "tree"))
+_OF_PRETRAINING = (("adapter", "method", "none"), ("data", "too_long", "split"), ("data", "packing", "flat"))
+
+
 def resolve_defaults(config: Config) -> None:
     """Write out each default that depends on another setting, so that the saved config says what was run."""
-    train = config.train
+    train, is_from_scratch = config.train, config.model.is_from_scratch
+    if config.adapter.method is None:
+        _set(config.adapter, method="none" if is_from_scratch else "lora")
     if config.run.name is None:
         _set(config.run, name="run")
+    if config.run.recipe is None:
+        _set(config.run, recipe="sft")
+    defaults = _OF_PRETRAINING if config.run.recipe == "pretrain" else _OF_TUNING
+    for section, key, value in defaults:
+        if getattr(getattr(config, section), key) is None:
+            _set(getattr(config, section), **{key: value})
     if train.epochs is None and train.max_steps is None:
         _set(train, epochs=3.0)
     if train.learning_rate is None:
-        _set(train, learning_rate=1e-5 if config.adapter.method == "none" else 2e-4)
+        full = 6e-4 if is_from_scratch else 1e-5
+        _set(train, learning_rate=full if config.adapter.method == "none" else 2e-4)
 
 
 def _changed(section: Section) -> list[str]:
@@ -115,16 +132,92 @@ def _changed(section: Section) -> list[str]:
 
 
 # The others have values of their own without a validation set, or only matter beside these.
-_EVAL_KEYS = ("every_steps", "early_stopping_patience", "answer_rows")
+_EVAL_KEYS = ("every_steps", "early_stopping_patience", "answer_rows", "prompts")
+
+
+_NEVER_END = ("constant", "inverse_sqrt")
 
 
 # (keys read, does it hold?, message). The message may use {c}, the config.
 CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
     (
+        ("model.path", "model.config"),
+        lambda c: c.model.path is None and c.model.config is None,
+        "model.path is missing, and so is model.config. Name the model to go on from (model.path: a folder "
+        "or hub id), or the config of one that begins with random weights (model.config)",
+    ),
+    (
+        ("model.config", "model.path"),
+        lambda c: c.model.path is not None and c.model.config is not None,
+        "model.config is {c.model.config} and model.path is {c.model.path}; a model begins with random "
+        "weights (config) or goes on from trained ones (path). Remove one",
+    ),
+    (
+        ("model.config_changes", "model.config"),
+        lambda c: bool(c.model.config_changes) and c.model.config is None,
+        "model.config_changes change the config of a model from scratch (model.config), which is not set; a "
+        "trained model has the shape it was trained with. Remove them",
+    ),
+    (
+        ("model.initialisation", "model.config"),
+        lambda c: c.model.initialisation != "scaled" and c.model.config is None,
+        "model.initialisation is {c.model.initialisation}, but weights are drawn only for a model from "
+        "scratch (model.config), which is not set. Remove it",
+    ),
+    (
+        ("adapter.method", "model.config"),
+        lambda c: c.adapter.method != "none" and c.model.config is not None,
+        "adapter.method is {c.adapter.method}, but a model from scratch (model.config) trains all of its "
+        "weights: an adapter would leave them random. Set adapter.method to none, or name trained weights "
+        "with model.path",
+    ),
+    (
+        ("model.freeze", "model.config"),
+        lambda c: bool(c.model.freeze) and c.model.config is not None,
+        "model.freeze is {c.model.freeze}, but a model from scratch (model.config) has random weights, which "
+        "would stay so. Remove it",
+    ),
+    (
+        ("model.rope_scaling", "model.config"),
+        lambda c: c.model.rope_scaling != "auto" and c.model.config is not None,
+        "model.rope_scaling is {c.model.rope_scaling}, but a model from scratch (model.config) has not been "
+        "trained at any length that could be stretched. Remove it, or set rope_parameters in "
+        "model.config_changes",
+    ),
+    (
         ("train.epochs", "train.max_steps"),
         lambda c: c.train.max_steps is not None and c.train.epochs is not None,
         "train.epochs is {c.train.epochs} and train.max_steps is {c.train.max_steps}; a run ends by one "
         "of them. Remove one, or set it to null",
+    ),
+    (
+        ("train.batch_size_warmup", "train.batch_size"),
+        lambda c: (
+            c.train.batch_size_warmup is not None and c.train.batch_size_warmup.start >= c.train.batch_size
+        ),
+        "train.batch_size_warmup.start is {c.train.batch_size_warmup.start}, not below train.batch_size "
+        "{c.train.batch_size}, which it grows to. Lower it",
+    ),
+    (
+        ("train.min_learning_rate", "train.learning_rate"),
+        lambda c: (
+            c.train.min_learning_rate is not None
+            and c.train.min_learning_rate >= (c.train.learning_rate or 0.0)
+        ),
+        "train.min_learning_rate is {c.train.min_learning_rate}, not below train.learning_rate "
+        "{c.train.learning_rate}, which the schedule falls from. Lower it",
+    ),
+    (
+        ("train.min_learning_rate", "train.schedule"),
+        lambda c: c.train.min_learning_rate is not None and c.train.schedule in _NEVER_END,
+        "train.min_learning_rate is {c.train.min_learning_rate}, but train.schedule {c.train.schedule} falls "
+        "to no floor. Remove it, or use cosine, linear or warmup_stable_decay",
+    ),
+    (
+        ("train.decay", "train.schedule"),
+        lambda c: c.train.decay != 0.1 and c.train.schedule != "warmup_stable_decay",
+        "train.decay is {c.train.decay}, but train.schedule is {c.train.schedule}, which has no such phase. "
+        "Remove it, or set train.schedule to warmup_stable_decay",
     ),
     (
         ("train.micro_batch_tokens", "data.max_length"),
@@ -169,6 +262,52 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
         "known. Use data.loading cached or lazy",
     ),
     (
+        ("data.too_long", "run.recipe"),
+        lambda c: c.data.too_long == "split" and c.run.recipe != "pretrain",
+        "data.too_long is split, but half a conversation is none. Use drop or truncate; `tunesmith pretrain` "
+        "splits texts",
+    ),
+    (
+        ("data.packing", "run.recipe"),
+        lambda c: c.data.packing == "concatenate" and c.run.recipe != "pretrain",
+        "data.packing is concatenate, which is for `tunesmith pretrain`: conversations would see each other. "
+        "Use tree, flat or none",
+    ),
+    (
+        ("data.too_long", "data.packing"),
+        lambda c: c.data.packing == "concatenate" and c.data.too_long != "split",
+        "data.too_long is {c.data.too_long}, but with data.packing concatenate no text is too long: all are "
+        "joined and cut. Remove it, or set data.packing to flat",
+    ),
+    (
+        ("data.loading", "run.recipe"),
+        lambda c: c.data.loading == "lazy" and c.run.recipe == "pretrain",
+        "data.loading is lazy, but `tunesmith pretrain` must know how long texts are to fill its blocks. Use "
+        "cached, or streaming for a corpus too large to be tokenised beforehand",
+    ),
+    (
+        ("data.packing", "data.loading", "run.recipe"),
+        lambda c: (
+            c.run.recipe == "pretrain"
+            and c.data.loading == "streaming"
+            and c.data.packing in ("none", "tree")
+        ),
+        "data.packing is {c.data.packing}, but `tunesmith pretrain` with data.loading streaming trains whole "
+        "blocks. Use flat or concatenate, or data.loading cached",
+    ),
+    (
+        ("eval.answer_rows", "run.recipe"),
+        lambda c: c.run.recipe == "pretrain" and c.eval.answer_rows > 0,
+        "eval.answer_rows is {c.eval.answer_rows}, but the texts of `tunesmith pretrain` hold no question. "
+        "Name beginnings of texts in eval.prompts",
+    ),
+    (
+        ("eval.temperature", "eval.prompts"),
+        lambda c: c.eval.temperature > 0 and not c.eval.prompts,
+        "eval.temperature is {c.eval.temperature}, but eval.prompts names no text to go on with. Name one, "
+        "or remove it",
+    ),
+    (
         ("model.freeze", "adapter.method"),
         lambda c: c.adapter.method != "none" and bool(c.model.freeze),
         "model.freeze is {c.model.freeze}, but with adapter.method {c.adapter.method} the whole base "
@@ -179,6 +318,48 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
         lambda c: c.adapter.method == "none" and c.model.quantization != "none",
         "model.quantization is {c.model.quantization}, but adapter.method is none, and quantised weights "
         "cannot be trained in full. Set adapter.method to lora, or model.quantization to none",
+    ),
+    (
+        ("distributed.strategy", "model.quantization"),
+        lambda c: c.distributed.strategy in ("fsdp", "zero3") and c.model.quantization != "none",
+        "distributed.strategy is {c.distributed.strategy}, but weights in {c.model.quantization} cannot be "
+        "shared out. Use ddp or zero2, where each process holds the whole (small) base, or set "
+        "model.quantization to none",
+    ),
+    (
+        ("distributed.strategy", "train.optimizer"),
+        lambda c: c.distributed.strategy != "ddp" and c.train.optimizer not in ("adamw", "sgd"),
+        "distributed.strategy is {c.distributed.strategy}, which shares out the state of adamw and sgd only, "
+        "and train.optimizer is {c.train.optimizer}. Set it to adamw, or the strategy to ddp",
+    ),
+    (
+        ("distributed.strategy", "train.on_bad_step"),
+        lambda c: c.distributed.strategy in ("zero2", "zero3") and c.train.on_bad_step != "stop",
+        "train.on_bad_step is {c.train.on_bad_step}, but with distributed.strategy {c.distributed.strategy} "
+        "a step has been made before it can be judged. Set it to stop, or the strategy to fsdp or ddp",
+    ),
+    (
+        ("distributed.strategy", "train.on_bad_step"),
+        lambda c: c.distributed.strategy == "fsdp" and c.train.on_bad_step == "rollback",
+        "train.on_bad_step is rollback, but with distributed.strategy fsdp the weights are shared out and "
+        "cannot be taken back in a running process. Set it to skip or stop, or the strategy to ddp",
+    ),
+    (
+        ("distributed.offload", "distributed.strategy"),
+        lambda c: (
+            (c.distributed.offload, c.distributed.strategy)
+            not in {("none", name) for name in ("ddp", "fsdp", "zero2", "zero3")}
+            | {("all", "fsdp"), ("optimizer", "zero2"), ("optimizer", "zero3"), ("all", "zero3")}
+        ),
+        "distributed.offload is {c.distributed.offload}, which distributed.strategy "
+        "{c.distributed.strategy} does not know: fsdp has none and all, zero2 none and optimizer, zero3 all "
+        "three, ddp none",
+    ),
+    (
+        ("distributed.config", "distributed.strategy"),
+        lambda c: c.distributed.strategy == "ddp" and c.distributed.config is not None,
+        "distributed.config is set, but with distributed.strategy ddp nothing reads it. Set the strategy to "
+        "fsdp, zero2 or zero3, or remove it",
     ),
 ]
 

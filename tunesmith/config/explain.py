@@ -30,7 +30,7 @@ from tunesmith.config.schema import Config
 from tunesmith.config.yaml_text import FLOAT_PATTERN, INT_PATTERN, Document, KeyPath, Problem, dotted, show
 
 # Put in for what is wrong or missing, so that the contradictions among the rest can be found.
-_STAND_INS: dict[tuple[str, str], str] = {("model", "path"): "missing", ("data", "train"): "missing"}
+_STAND_INS: dict[tuple[str, str], str] = {("data", "train"): "missing"}
 
 
 def correct_keys(document: Document) -> tuple[list[Problem], set[KeyPath]]:
@@ -198,9 +198,15 @@ def _hint(path: KeyPath, value: Any) -> str:
         word = _TRUTH.get(value.lower()) if "boolean" in types else None
         if word or (word := nearest(value, choices, 0.5)):
             return f" Did you mean {word}?"
-        section = next((node for node in nodes if node.get("required")), None)
-        if section is not None and "string" not in types:
-            return f" Did you mean {dotted((*path, section['required'][0]))}: {value}?"
+        # What a section wants most: the key it cannot be without, or the place of a model.
+        keys = [
+            key
+            for node in nodes
+            for key in node.get("required") or ("path",)
+            if key in node.get("properties", {})
+        ]
+        if keys and "string" not in types:
+            return f" Did you mean {dotted((*path, keys[0]))}: {value}?"
     if isinstance(value, float) and "integer" in types and value.is_integer():
         return f" Write it as {int(value)}."
     if isinstance(value, float) and not math.isfinite(value):

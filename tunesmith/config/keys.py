@@ -22,6 +22,8 @@ Node = dict[str, Any]
 FORMER_NAMES = {
     "model_name_or_path": "model.path",
     "base_model": "model.path",
+    "config_name": "model.config",
+    "config_overrides": "model.config_changes",
     "tokenizer_name": "model.tokenizer",
     "torch_dtype": "model.dtype",
     "precision": "model.dtype",
@@ -58,11 +60,12 @@ FORMER_NAMES = {
     "train_on_inputs": "data.train_on",
     "global_batch_size": "train.batch_size",
     "lr": "train.learning_rate",
+    "min_lr": "train.min_learning_rate",
     "num_epochs": "train.epochs",
     "warmup_ratio": "train.warmup",
     "optim": "train.optimizer",
-    "fsdp": "distributed (which is not supported yet)",
-    "deepspeed": "distributed (which is not supported yet)",
+    "fsdp": "distributed.strategy",
+    "deepspeed": "distributed.config",
 }
 
 

@@ -24,15 +24,19 @@ _AFTER_THE_FILE = 10**9  # overrides are reported after all lines of the file
 
 
 def load_config(
-    source: str | os.PathLike[str] | dict[str, Any] | Config, overrides: list[str] | tuple[str, ...] = ()
+    source: str | os.PathLike[str] | dict[str, Any] | Config,
+    overrides: list[str] | tuple[str, ...] = (),
+    *,
+    recipe: str | None = None,
 ) -> Config:
     """Read and check a config.
 
     `source` is a YAML file, a dict of the same shape, or a Config (returned as it is when there are no
     overrides; otherwise defaults that nobody set are worked out again). `overrides` are `section.key=value`
-    texts, applied in order. Raises ConfigError with every mistake in it.
+    texts, applied in order. `recipe` is what the verb asks for: `run.recipe` where the config names none.
+    Raises ConfigError with every mistake in it.
     """
-    if isinstance(source, Config) and not overrides:
+    if isinstance(source, Config) and not overrides and recipe in (None, source.run.recipe):
         return source
     default_name = None
     if isinstance(source, (Config, dict)):
@@ -51,8 +55,13 @@ def load_config(
     run = document.values["run"]
     if isinstance(run, dict) and run.get("name") is None and default_name:
         run["name"] = default_name
+    if isinstance(run, dict) and recipe is not None and run.setdefault("recipe", recipe) is None:
+        run["recipe"] = recipe
     config, more = check_values(document, meant)
     problems = [*document.problems, *problems, *more]
+    if config is not None and recipe not in (None, config.run.recipe):
+        said = f"run.recipe is {config.run.recipe}, so this is a config for `tunesmith {config.run.recipe}`."
+        problems.append(Problem(document.place_of(("run", "recipe")), said))
     if problems or config is None:
         raise ConfigError(_report(document.name, problems))
     return config

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tunesmith.config.keys import description, expected, json_schema, lookup
-from tunesmith.config.schema import Config, SourceConfig
+from tunesmith.config.schema import BatchSizeWarmup, Config, SourceConfig
 from tunesmith.config.yaml_text import KeyPath, dump_yaml
 
 _HEAD = """\
@@ -21,9 +21,9 @@ _HEAD = """\
 
 Made from the schema by `python -m tunesmith.config.reference > docs/config.md`; do not edit.
 
-A config is a YAML file of the sections below. A minimal one names `model.path` and `data.train`; every
-other key has a default. Any key can be set on the command line as `section.key=value`, and
-`data.train[0].weight=2` reaches into a list. An empty section stands for its defaults. YAML is read as
+A config is a YAML file of the sections below. A minimal one names `model.path` (or `model.config`) and
+`data.train`; every other key has a default. Any key can be set on the command line as `section.key=value`,
+and `data.train[0].weight=2` reaches into a list. An empty section stands for its defaults. YAML is read as
 version 1.2 has it: `1e-4` is a number, `no` is text, `010` is no number, and a quoted number is text.
 Editors complete and check a config that begins with `# yaml-language-server: $schema=` and the path of
 `docs/config.schema.json`, which `tunesmith schema` prints.
@@ -60,6 +60,8 @@ def reference_markdown() -> str:
         assert issubclass(field.annotation, BaseModel)
         parts.append(_table(f"## {name}", (name,), field.annotation))
     parts.append(_table("## A source of `data.train` or `data.valid`", ("data", "train", 0), SourceConfig))
+    warmup = ("train", "batch_size_warmup")
+    parts.append(_table("## `train.batch_size_warmup`", warmup, BatchSizeWarmup))
     return "\n".join(parts)
 
 

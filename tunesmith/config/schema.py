@@ -7,6 +7,7 @@ from.
 
 from __future__ import annotations
 
+import os.path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
@@ -60,6 +61,9 @@ class RunConfig(Section):
     for a config that is no file."""
     output_dir: Text = "runs"
     """Folder that holds runs."""
+    recipe: Literal["sft", "pretrain"] | None = None
+    """What is trained: answers of conversations (`sft`) or whole texts (`pretrain`). The verb says it; name
+    it here for verbs that cannot, such as `preview`. Default `sft`. Some defaults depend on it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of row order, adapter initialisation, dropout and NEFTune noise."""
     resume: Literal["auto", "never"] | PositiveInt = "auto"
@@ -72,12 +76,23 @@ class RunConfig(Section):
 
 
 class ModelConfig(Section):
-    """The base model and how it is loaded."""
+    """The base model and how it is loaded, or the config of one that begins from scratch."""
 
-    path: Text
+    path: Text | None = None
     """Folder or hub id of the base model. Only safetensors weights are read."""
+    config: Text | None = None
+    """In place of `path`: folder, hub id or JSON file of a model's config. The model is made by it with
+    random weights drawn from `run.seed`, and all of it is trained; no weights are read. Its vocabulary is the
+    tokenizer's, rounded up to a multiple of 64."""
+    config_changes: dict[str, JsonValue] = {}
+    """Fields of that config to change, such as `{hidden_size: 256, num_hidden_layers: 8}`. A mapping changes
+    the fields it names in a mapping of the config."""
+    initialisation: Literal["scaled", "plain"] = "scaled"
+    """Random weights of `config`: `plain` is what transformers draws for the architecture; `scaled` divides
+    those of the projections that write into the residual stream by sqrt(2 x layers), which keeps that
+    stream's size from growing with depth (GPT-2, Radford et al. 2019, section 2.3)."""
     tokenizer: Text | None = None
-    """Folder or hub id of the tokenizer. Default: the model's."""
+    """Folder or hub id of the tokenizer. Default: the one beside the model or its config."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Number format of the matrix products and of frozen weights. `auto` is bfloat16 where the hardware
     multiplies it natively, else float32. Trained weights are always kept in float32, since AdamW's small
@@ -102,12 +117,33 @@ class ModelConfig(Section):
     revision: Text | None = None
     """Branch, tag or commit of a hub model."""
 
+    @property
+    def is_from_scratch(self) -> bool:
+        """Whether the weights begin at random."""
+        return self.config is not None
+
+    @property
+    def origin(self) -> tuple[str, str]:
+        """(key, folder, hub id or JSON file) of the model: what it goes on from, or the config it begins
+        by."""
+        return ("model.path", self.path) if self.path is not None else ("model.config", self.config or "")
+
+    @property
+    def tokenizer_origin(self) -> tuple[str, str]:
+        """(key, folder or hub id) of the tokenizer."""
+        if self.tokenizer is not None:
+            return "model.tokenizer", self.tokenizer
+        key, place = self.origin
+        is_file = key == "model.config" and place.endswith(".json")
+        return key, os.path.dirname(place) or "." if is_file else place
+
 
 class AdapterConfig(Section):
     """What is trained: small matrices beside the model (LoRA), or the model itself (`none`)."""
 
-    method: Literal["lora", "none"] = "lora"
-    """`lora` (Hu et al. 2021, arXiv:2106.09685) or `none` for full fine-tuning."""
+    method: Literal["lora", "none"] | None = None
+    """`lora` (Hu et al. 2021, arXiv:2106.09685) or `none`, which trains the model itself. Default: `lora`;
+    with `model.config` and in pretraining, `none`."""
     r: PositiveInt = 16
     """Rank. 16 on all linear layers is the QLoRA paper's finding that rank matters less than coverage."""
     alpha: PositiveFloat = 32
@@ -140,12 +176,15 @@ class SourceConfig(Section):
     them, or a hub data set id (`owner/name`, or `owner/name:split`)."""
     weight: PositiveFloat = 1.0
     """How often the source is seen in an epoch: 1 is every row once, 0.5 a random half, anew each epoch, 2
-    is each row twice."""
+    is each row twice. In pretraining the rows that are drawn are blocks."""
     format: Format = "auto"
     """Shape of the rows; `auto` finds it from the first rows and prints it."""
     columns: dict[str, str] = {}
     """Renames columns before the format is read: `{question: instruction, answer: output}` maps the file's
     `question` to our `instruction`."""
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    """What a row of a .txt file is, named as in `datasets`: a line, a paragraph (lines up to a blank one), or
+    the whole file. Blank ones are no rows."""
 
 
 Sources = Annotated[
@@ -182,9 +221,10 @@ class DataConfig(Section):
     """Which tokens carry loss: all assistant turns, the last one only, or the whole text."""
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest example, in tokens."""
-    too_long: Literal["drop", "truncate", "error"] = "drop"
+    too_long: Literal["drop", "truncate", "split", "error"] | None = None
     """What happens to an example over `max_length`: `drop` counts it, `truncate` cuts its end and keeps it
-    only if a target is left (no end token is invented), `error` stops."""
+    only if a target is left (no end token is invented), `split` makes several examples of it (pretraining
+    only), `error` stops. Default `drop`; in pretraining `split`."""
     on_bad_row: Literal["error", "skip"] = "error"
     """`error` lists the first 20 bad rows and stops; `skip` leaves them out and counts them in
     `data_report.json`."""
@@ -194,17 +234,34 @@ class DataConfig(Section):
     """`cached` tokenises once, in parallel, to memory-mapped files; `lazy` tokenises a row when it is
     fetched; `streaming` reads the files in order, never all of them (needs `train.max_steps`)."""
     shuffle_buffer: PositiveInt = 10_000
-    """Rows that are shuffled with one another under `loading: streaming`, and held in memory."""
-    packing: Literal["tree", "flat", "none"] = "tree"
+    """Rows that are shuffled with one another under `loading: streaming`, and held in memory. In pretraining
+    these documents are grouped into blocks with one another, too."""
+    packing: Literal["tree", "flat", "none", "concatenate"] | None = None
     """`tree` lays the examples of a micro-batch end to end in one forward pass, each seeing only itself, and
     computes once what several of them begin with (a system prompt, a document, the earlier turns of a chat);
     `flat` does so without sharing; `none` runs one example a pass. The result is the same; none pads. Where a
-    model cannot do what is asked, the run says so and does the next of the three."""
+    model cannot do what is asked, the run says so and does the next of the three. `concatenate` (pretraining
+    only) is another training: documents are joined, cut every `max_length` tokens, and see each other.
+    Default `tree`; in pretraining `flat`."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that prepare rows. Default: one a core, or none (this process alone) when the files are
     under 16 MiB."""
     cache_dir: Text | None = None
     """Folder of the prepared data. Default: `tunesmith/data` below the user's cache folder."""
+
+    @property
+    def pass_packing(self) -> Literal["tree", "flat", "none"]:
+        """How the examples of a pass lie in it. A block of joined documents is an example like others."""
+        return "flat" if self.packing == "concatenate" else self.packing or "tree"
+
+
+class BatchSizeWarmup(Section):
+    """How the number of rows per step grows at the beginning."""
+
+    start: PositiveInt
+    """Rows of the first step."""
+    steps: PositiveInt
+    """Steps until there are `train.batch_size` rows."""
 
 
 class TrainConfig(Section):
@@ -216,27 +273,45 @@ class TrainConfig(Section):
     """Optimiser steps to stop after, instead of `epochs`."""
     batch_size: PositiveInt = 16
     """Rows per optimiser step over all ranks. Packing, micro-batches and rank count do not change it."""
+    batch_size_warmup: BatchSizeWarmup | None = None
+    """Let steps begin with fewer rows and grow evenly, such as `{start: 4, steps: 100}` (GPT-3, Brown et al.
+    2020, arXiv:2005.14165, appendix B). A run of so many epochs has more steps then."""
     micro_batch_tokens: PositiveInt | None = None
     """Most tokens in one forward pass; a prefix that rows share counts once. It bounds memory and does not
     change the result. Default: chosen when the run starts, from the memory that is free and what larger
     passes would save; config.yaml of the run says what was chosen, and the run goes on with it after a
     stop."""
     learning_rate: PositiveFloat | None = None
-    """Peak learning rate. Default 2e-4 for LoRA (QLoRA paper, table 9) and 1e-5 for full fine-tuning."""
+    """Peak learning rate. Default 2e-4 for LoRA (QLoRA paper, table 9), 1e-5 for full fine-tuning, and 6e-4
+    for a model from scratch (125M parameters in GPT-3's table 2.1, Brown et al. 2020, arXiv:2005.14165, which
+    takes 2e-4 at 1.3B and 1.2e-4 at 6.7B)."""
     schedule: Literal[
         "cosine", "linear", "constant", "cosine_with_min_lr", "inverse_sqrt", "warmup_stable_decay"
     ] = "cosine"
-    """Shape of the learning rate after warm-up; `cosine_with_min_lr` ends at a tenth of the peak, and
-    `warmup_stable_decay` decays over the last tenth of the steps."""
+    """Shape of the learning rate after warm-up. `cosine`, `linear` and `warmup_stable_decay` end at
+    `min_learning_rate`; `cosine_with_min_lr` ends at a tenth of the peak unless that is set.
+    `warmup_stable_decay` stays at the peak and falls over the last `decay` of the steps, by 1 - sqrt (Hägele
+    et al. 2024, arXiv:2405.18392)."""
+    min_learning_rate: PositiveFloat | None = None
+    """Learning rate that the schedule ends at. Default: 0; a tenth of the peak is common in pretraining."""
+    decay: PositiveFloat = 0.1
+    """How long `warmup_stable_decay` falls. Below 1: fraction of all steps; 1 and above: number of steps.
+    Hägele et al. find 0.1 to 0.2 enough."""
     warmup: Annotated[float, Field(ge=0)] = 0.03
     """Below 1: fraction of all steps; 1 and above: number of steps. 0.03 as in the QLoRA paper."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's decay, applied to matrices only: never to biases, norms or embeddings of a normalised kind."""
+    """AdamW's decay, applied to matrices only: never to biases, norms or embeddings, nor to a head that is
+    tied to them (OLMo 2, arXiv:2501.00656: those that decay grow too small). Pretraining
+    mostly takes 0.1."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradients are scaled down to this norm; 0 turns clipping off."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of a target's probability that is spread over the whole vocabulary, in training only (Szegedy et
     al. 2016, arXiv:1512.00567)."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """Coefficient of log(Z)^2, which is added to the loss of each target in training only, where Z is the sum
+    that the softmax divides by: it keeps logits from drifting (PaLM, Chowdhery et al. 2022, arXiv:2204.02311,
+    section 5, which takes 1e-4)."""
     optimizer: Literal["adamw", "adafactor", "sgd", "adamw_8bit", "paged_adamw_8bit", "lion_8bit"] = "adamw"
     """`adamw` is torch's fused AdamW. The 8-bit ones need `tunesmith[quant]`."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
@@ -273,8 +348,13 @@ class EvalConfig(Section):
     answer_rows: Annotated[int, Field(ge=0)] = 0
     """Answer this many validation rows before and after training (greedily) and report exact matches and
     examples."""
+    prompts: list[Text] = []
+    """Texts that the model goes on with at each evaluation, as raw text; what it wrote is in
+    `samples.jsonl`."""
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    """Temperature at which those texts are drawn, by `run.seed`; 0 takes the likeliest token."""
     max_new_tokens: PositiveInt = 256
-    """Longest of those answers, in tokens."""
+    """Longest of those answers and texts, in tokens."""
 
 
 class CheckpointConfig(Section):
@@ -294,6 +374,24 @@ class CheckpointConfig(Section):
     on to the next one, `stop` ends the run. The last complete checkpoint stays as it was."""
 
 
+class DistributedConfig(Section):
+    """How several processes share one run. Nothing else in a config depends on their number."""
+
+    strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp"
+    """What each process holds: `ddp` all of model, gradients and optimiser (and so does one process alone);
+    `fsdp` a share of each (FSDP2, Zhao et al. 2023, arXiv:2304.11277); `zero2` all of the model and a share
+    of gradients and optimiser, `zero3` a share of each (DeepSpeed ZeRO, Rajbhandari et al. 2020,
+    arXiv:1910.02054; needs `tunesmith[deepspeed]`)."""
+    config: Text | dict[str, JsonValue] | None = None
+    """Settings of the engine as it knows them, written here or in a JSON file: a DeepSpeed config, whose
+    `"auto"` are filled in, or the `fsdp_config` of transformers. They go before ours."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep in the processor's memory, instead of the accelerator's: the optimiser's state (`zero2`, `zero3`),
+    or weights and gradients too (`fsdp`, `zero3`)."""
+    timeout_s: PositiveInt = 1800
+    """Longest that processes wait for each other; then the run ends and says which is late."""
+
+
 class TrackingConfig(Section):
     """Experiment trackers, beside `metrics.jsonl` which is always written."""
 
@@ -306,7 +404,7 @@ class TrackingConfig(Section):
 
 
 class Config(Section):
-    """A whole config. A minimal file names `model.path` and `data.train`."""
+    """A whole config. A minimal file names `model.path` (or `model.config`) and `data.train`."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig
@@ -315,6 +413,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    distributed: DistributedConfig = DistributedConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

@@ -25,11 +25,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tunesmith.data.prepare import PrepareOptions, Preparer
 from tunesmith.data.records import BadRow, Example, RawRow
@@ -37,6 +37,7 @@ from tunesmith.data.report import SourceReport
 from tunesmith.errors import DataError
 
 _CHUNK_ROWS = 256
+_CHUNK_BYTES = 1 << 20  # of the rows of a chunk, if it has more than one; some documents are books
 _IN_FLIGHT_PER_WORKER = 4  # chunks; bounds memory when reading outruns tokenising
 
 Progress = Callable[[int], None]
@@ -166,10 +167,26 @@ _Chunk = tuple[int, list[RawRow]]
 
 
 def _chunks(rows: Iterator[RawRow]) -> Iterator[_Chunk]:
-    first = 0
-    while chunk := list(islice(rows, _CHUNK_ROWS)):
+    first, size = 0, 0
+    chunk: list[RawRow] = []
+    for row in rows:
+        row_size = _size(row)
+        if chunk and (len(chunk) == _CHUNK_ROWS or size + row_size > _CHUNK_BYTES):
+            yield first, chunk
+            first, size, chunk = first + len(chunk), 0, []
+        chunk.append(row)
+        size += row_size
+    if chunk:
         yield first, chunk
-        first += len(chunk)
+
+
+def _size(row: RawRow) -> int:
+    """Bytes of a row, about."""
+    if isinstance(row.payload, bytes):
+        return len(row.payload)
+    if isinstance(row.payload, dict):
+        return sum(len(value) for value in row.payload.values() if isinstance(value, str))
+    return 0
 
 
 def _prepare_all(
@@ -263,9 +280,22 @@ def prepare_chunk(preparer: Preparer, empty: SourceReport, chunk: _Chunk) -> tup
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, _schema()) as stream:
         if columns["row"]:
-            arrays = [pa.array(columns[field.name], type=field.type) for field in _schema()]
+            arrays = [
+                _lists(columns[field.name], field.type)
+                if pa.types.is_list(field.type)
+                else pa.array(columns[field.name], type=field.type)
+                for field in _schema()
+            ]
             stream.write_batch(pa.RecordBatch.from_arrays(arrays, schema=_schema()))
     return sink.getvalue().to_pybytes(), counts
+
+
+def _lists(arrays: list[NDArray[Any]], kind: Any) -> Any:
+    """A column of lists, without a Python object for each token."""
+    import pyarrow as pa
+
+    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(arrays)), type=kind)
 
 
 def fingerprint(example: Example) -> int:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from tunesmith.config import Config, SourceConfig
 from tunesmith.config.schema import Format
 from tunesmith.data import cache
+from tunesmith.data.blocks import blocks_of_sources
 from tunesmith.data.decode import decode
 from tunesmith.data.formats import detect_format
 from tunesmith.data.prepare import PrepareOptions, Preparer
 from tunesmith.data.records import BadRow, RawRow
 from tunesmith.data.report import SourceReport
-from tunesmith.data.rows import CachedRows, LazyRows, Rows, StreamedRows
+from tunesmith.data.rows import BlockMaker, CachedRows, JoinedRows, LazyRows, Rows, StreamedRows
 from tunesmith.data.sources import fingerprint_files, is_hub_id, iter_rows, iter_rows_from, resolve_files
 from tunesmith.errors import DataError
 
@@ -41,28 +42,39 @@ class RowSet:
     """Rows and what the step plan needs to know of them.
 
     lengths [N]: tokens of each item. row_starts [R + 1]: row r owns items row_starts[r]:row_starts[r + 1].
-    bounds: first row, row after the last, and weight, of each source."""
+    bounds: first row, row after the last, and weight, of each source. block_size: most tokens of a row, where
+    rows are blocks."""
 
     rows: Rows
     lengths: NDArray[np.int32]
     row_starts: NDArray[np.int64]
     bounds: list[tuple[int, int, float]]
     reports: list[SourceReport]
+    block_size: int | None = None
 
     @property
     def num_rows(self) -> int:
         return len(self.row_starts) - 1
 
+    @property
+    def fill(self) -> float | None:
+        """Tokens of all blocks over the room in them; None where rows are no blocks, or are not known yet."""
+        if self.block_size is None or isinstance(self.rows, StreamedRows):
+            return None
+        return float(self.lengths.sum(dtype=np.int64) / (self.num_rows * self.block_size))
+
 
 @dataclass
 class Data:
     """What a recipe trains and evaluates on. `overlap` counts validation examples that stand in the training
-    set too, token for token (None where loading does not know)."""
+    set too, token for token (None where loading does not know). `drawn` says of each training source what the
+    run draws of it, once its steps are planned."""
 
     train: RowSet
     valid: RowSet | None
     overlap: int | None = None
     duplicates: int | None = None
+    drawn: list[dict[str, Any]] | None = None
 
     def report(self) -> dict[str, Any]:
         """The content of `data_report.json`."""
@@ -73,6 +85,9 @@ class Data:
             "valid_rows": self.valid.num_rows if self.valid else 0,
             "valid_examples_also_in_train": self.overlap,
             "train_examples_seen_before": self.duplicates,
+            "block_size": self.train.block_size,
+            "block_fill": self.train.fill,
+            "drawn": self.drawn,
         }
 
 
@@ -99,7 +114,47 @@ def load_data(config: Config, tokenizer: Any, say: Say = lambda _: None) -> Data
         data.duplicates = len(seen) - len(np.unique(seen))
         if data.valid is not None and isinstance(data.valid.rows, CachedRows):
             data.overlap = int(np.isin(data.valid.rows.fingerprints(), seen).sum())
-    return data
+    return _in_blocks(data, config) if config.run.recipe == "pretrain" else data
+
+
+# --- blocks
+
+
+def _in_blocks(data: Data, config: Config) -> Data:
+    """The same for pretraining, where a row that is drawn is a block. Validation documents stay rows, unless
+    documents are joined."""
+    size = config.data.max_length
+    if config.data.packing == "concatenate":
+        valid = None if data.valid is None else _joined(data.valid, size)
+        return replace(data, train=_joined(data.train, size), valid=valid)
+    return replace(data, train=_best_fit(data.train, size))
+
+
+def _best_fit(rows: RowSet, size: int) -> RowSet:
+    """The documents' pieces in few blocks, each piece an example of its own."""
+    if not isinstance(rows.rows, CachedRows):
+        return rows
+    order, starts, blocks = blocks_of_sources(rows.lengths, _item_bounds(rows), size)
+    bounds = [(*block, weight) for block, (_, _, weight) in zip(blocks, rows.bounds, strict=True)]
+    return RowSet(rows.rows.select(order), rows.lengths[order], starts, bounds, rows.reports, size)
+
+
+def _joined(rows: RowSet, size: int) -> RowSet:
+    """The documents of each source joined and cut every `size` tokens."""
+    if not isinstance(rows.rows, CachedRows):
+        return rows
+    joined = JoinedRows(rows.rows, rows.lengths, _item_bounds(rows), size)
+    ends = np.cumsum([0, *joined.blocks]).tolist()
+    bounds = [(*block, weight) for block, (_, _, weight) in zip(pairwise(ends), rows.bounds, strict=True)]
+    lengths = (joined.ends - joined.starts).astype(np.int32)
+    # They lie on disk in pieces, but that is not what is trained on.
+    reports = [replace(report, rows_split=0, pieces=0) for report in rows.reports]
+    return RowSet(joined, lengths, np.arange(len(joined) + 1), bounds, reports, size)
+
+
+def _item_bounds(rows: RowSet) -> list[tuple[int, int]]:
+    """First item and the one after the last of each source."""
+    return [(int(rows.row_starts[start]), int(rows.row_starts[end])) for start, end, _ in rows.bounds]
 
 
 def _account(reports: list[SourceReport]) -> str:
@@ -123,16 +178,22 @@ def open_source(
         return iter_rows(source, max_row_bytes=limit)
 
     name = source.format if source.format != "auto" else config.data.format
+    is_corpus = config.run.recipe == "pretrain"
     if name == "auto":
-        name = _detect(rows, source.path, columns)
+        name = _detect(rows, source.path, columns, wants_text=is_corpus)
         say(f"{source.path}: format {name}, found from its first rows")
+    if is_corpus and name != "text":
+        raise DataError(
+            f"{source.path}: its rows are {name}, and `tunesmith pretrain` trains on raw text. Name the "
+            "column that holds it, such as columns: {content: text}, or tune with `tunesmith sft`."
+        )
     options = PrepareOptions(
         format=name,
         columns=columns,
         system=config.data.system,
         train_on=config.data.train_on,
         max_length=config.data.max_length,
-        too_long=config.data.too_long,
+        too_long=config.data.too_long or "drop",
     )
     return rows, options, SourceReport(source.path, name)
 
@@ -143,7 +204,10 @@ def _fingerprint(source: SourceConfig) -> str:
     return "" if is_hub_id(source.path) else fingerprint_files(resolve_files(source.path))
 
 
-def _detect(rows: Callable[[], Iterator[RawRow]], path: str, columns: dict[str, str]) -> Format:
+def _detect(
+    rows: Callable[[], Iterator[RawRow]], path: str, columns: dict[str, str], *, wants_text: bool
+) -> Format:
+    """The format that the first rows fit; with `wants_text` it is text wherever one of them has some."""
     sample, problems = [], []
     for row in islice(rows(), _SAMPLE_ROWS):
         try:
@@ -155,6 +219,8 @@ def _detect(rows: Callable[[], Iterator[RawRow]], path: str, columns: dict[str, 
     if not sample:
         found = "\n".join(problems[:20]) if problems else f"{path}: there is no row in it."
         raise DataError(found)
+    if wants_text and any("text" in row for row in sample):
+        return "text"
     return detect_format(sample, path)
 
 
@@ -201,6 +267,7 @@ def _load_cached(sources: list[SourceConfig], config: Config, tokenizer: Any, sa
             tokenizer,
             options,
             path=source.path,
+            sample_by=source.sample_by,
             on_bad_row=config.data.on_bad_row,
             max_row_bytes=config.data.max_row_bytes,
         )
@@ -260,7 +327,8 @@ def _load_lazy(sources: list[SourceConfig], config: Config, tokenizer: Any, say:
         rows, options, report = open_source(source, config, say)
         report.fingerprint = _fingerprint(source)
         key = report.fingerprint or "hub-" + source.path.replace("/", "--").replace(":", "--")
-        dataset = cache.write_raw(_cache_dir(config) / f"raw-{key}-{config.data.max_row_bytes}", rows)
+        key = f"raw-{key}-{config.data.max_row_bytes}-{source.sample_by}"
+        dataset = cache.write_raw(_cache_dir(config) / key, rows)
         datasets.append(dataset)
         preparers.append(Preparer(tokenizer, options))
         reports.append(report)
@@ -280,6 +348,7 @@ def _load_streaming(sources: list[SourceConfig], config: Config, tokenizer: Any,
     limit = config.data.max_row_bytes
     assert config.train.max_steps is not None  # the config's checks see to it
     num_rows = config.train.max_steps * config.train.batch_size
+    size, is_corpus = config.data.max_length, config.run.recipe == "pretrain"
     rows = StreamedRows(
         [
             (partial(iter_rows_from, source, max_row_bytes=limit), Preparer(tokenizer, options))
@@ -289,8 +358,14 @@ def _load_streaming(sources: list[SourceConfig], config: Config, tokenizer: Any,
         buffer=config.data.shuffle_buffer,
         seed=config.run.seed,
         skip_bad_rows=config.data.on_bad_row == "skip",
+        blocks=BlockMaker(size, joins=config.data.packing == "concatenate") if is_corpus else None,
+        keep=config.train.batch_size,
     )
-    lengths = np.full(num_rows, config.data.max_length, np.int32)
     return RowSet(
-        rows, lengths, np.arange(num_rows + 1), [(0, num_rows, 1.0)], [report for _, _, report in opened]
+        rows,
+        np.full(num_rows, size, np.int32),
+        np.arange(num_rows + 1),
+        [(0, num_rows, 1.0)],
+        [report for _, _, report in opened],
+        size if is_corpus else None,
     )

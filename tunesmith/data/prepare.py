@@ -10,17 +10,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.blocks import split_lengths
 from tunesmith.data.decode import decode
 from tunesmith.data.encoding import Encoder, StandIns, token_spans, unshield
 from tunesmith.data.formats import read_record
 from tunesmith.data.records import BadRow, Example, RawRow, Record
 from tunesmith.data.templates import REFUSALS, Rendered, TrainOn, render_record
 from tunesmith.errors import TemplateError
+
+if TYPE_CHECKING:  # a report counts prepared rows
+    from tunesmith.data.report import SourceReport
 
 # Texts whose ids each preparer (each worker process has one) compares with apply_chat_template's.
 _COMPARED_TEXTS = 64
@@ -41,15 +45,18 @@ class PrepareOptions:
 @dataclass(frozen=True, slots=True)
 class PreparedRow:
     """What became of one row: its examples, or why it has none. `too_long` holds (tokens, targets) of each
-    example that `too_long: drop` left out. `stream` says where a stream can be taken up to get at this row
-    (rows.py)."""
+    example that `too_long: drop` left out. `text_bytes`: of raw text, as UTF-8. `stream` says where a stream
+    can be taken up to get at this row (rows.py). `counts` is there for a block of a stream, whose examples
+    are of many rows: the account of those that were not counted with an earlier block."""
 
     place: str
     examples: tuple[Example, ...] = ()
     problem: BadRow | None = None
     too_long: tuple[tuple[int, int], ...] = ()
     notes: tuple[str, ...] = ()
+    text_bytes: int = 0
     stream: dict[str, Any] | None = None
+    counts: SourceReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +98,15 @@ class Preparer:
         self.tokenizer = tokenizer
         self.options = options
         self.encoder = Encoder(tokenizer)
-        self._before_text, self._after_text = _around_text(tokenizer)
+        self._before_text, self._after_text = text_frame(tokenizer)
         self._num_compared = 0
 
     def prepare(self, rows: Sequence[RawRow]) -> list[PreparedRow]:
         """The outcome of each row, in order. The first rows' ids are compared with `apply_chat_template`'s.
 
         Raises TemplateError if the template or tokenizer makes exact targets impossible for any row."""
+        if self.options.format == "text":
+            return self._prepare_texts(rows)
         drafts: list[_Draft | BadRow] = []
         for row in rows:
             try:
@@ -121,6 +130,33 @@ class Preparer:
                         self._check_parity(row.place, draft.record, rendered, ids)
                 examples.append(self._example(draft.record, rendered, ids, offsets))
             outcomes.append(self._fit(row.place, examples, draft.notes, is_chat=draft.record.is_chat))
+        return outcomes
+
+    def _prepare_texts(self, rows: Sequence[RawRow]) -> list[PreparedRow]:
+        """The same for documents, of which every token is a target: no offsets are needed to find them."""
+        texts: list[str | BadRow] = []
+        for row in rows:
+            try:
+                record, _ = read_record(decode(row), "text", self.options.columns)
+                texts.append(self.encoder.plain(record.completion))
+            except BadRow as problem:
+                texts.append(problem)
+        encoded = iter(self.encoder.encode_ids([text for text in texts if isinstance(text, str)]))
+        outcomes = []
+        for row, text in zip(rows, texts, strict=True):
+            if isinstance(text, BadRow):
+                outcomes.append(PreparedRow(row.place, problem=text))
+                continue
+            ids = next(encoded)
+            whole = np.concatenate([self._before_text, ids, self._after_text]).astype(np.int32)
+            spans = [(len(self._before_text), len(whole))] if len(ids) else []
+            example = Example(
+                whole,
+                np.asarray(spans, dtype=np.int32).reshape(-1, 2),
+                np.ones(len(spans), dtype=np.float32),
+            )
+            outcome = self._fit(row.place, [example], (), is_chat=False)
+            outcomes.append(replace(outcome, text_bytes=len(text.encode())))
         return outcomes
 
     def trace(self, row: RawRow) -> list[Trace]:
@@ -271,6 +307,8 @@ class Preparer:
             length = len(example.input_ids)
             if length <= limit:
                 kept.append(example)
+            elif self.options.too_long == "split":
+                kept += _split(example, limit)
             elif self.options.too_long == "error":
                 problem = BadRow("too_long", f"{length} tokens, over data.max_length={limit}")
                 return PreparedRow(place, problem=problem, notes=notes)
@@ -292,6 +330,20 @@ def _truncate(example: Example, limit: int) -> Example:
         num_cut_tokens=len(example.input_ids) - limit,
         num_cut_targets=example.num_targets - cut.num_targets,
     )
+
+
+def _split(example: Example, limit: int) -> list[Example]:
+    """A document in pieces of at most `limit` tokens. A piece begins without context, so its first token is
+    no target; the last one ends with the document's end token."""
+    ends = np.cumsum(split_lengths(len(example.input_ids), limit))
+    pieces = []
+    for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+        spans = np.clip(example.spans, start, end) - start
+        keep = spans[:, 0] < spans[:, 1]
+        pieces.append(
+            Example(example.input_ids[start:end], spans[keep].astype(np.int32), example.span_weights[keep])
+        )
+    return pieces
 
 
 def _with_system(record: Record, system: str) -> Record:
@@ -318,7 +370,7 @@ def _calls_as_text(record: Record) -> Record:
     return replace(record, messages=tuple(messages))
 
 
-def _around_text(tokenizer: Any) -> tuple[list[int], list[int]]:
+def text_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The ids before and after raw text: what the tokenizer puts there by itself (Llama: BOS before), found
     by asking it, and EOS after."""
     inner = tokenizer("a", add_special_tokens=False)["input_ids"]

@@ -21,8 +21,9 @@ class SourceReport:
         rows_read = rows_kept + rows_bad + rows_too_long
 
     where a row is kept if one of its examples is. `tokens` and `target_tokens` are what is trained on;
-    `..._cut` what `too_long: truncate` took from kept examples; `..._too_long` what was left out with whole
-    examples."""
+    `text_bytes` the UTF-8 bytes of kept raw text; `pieces` the examples that `too_long: split` made of
+    `rows_split` rows; `..._cut` what `too_long: truncate` took from kept examples; `..._too_long` what was
+    left out with whole examples."""
 
     path: str
     format: str
@@ -35,6 +36,9 @@ class SourceReport:
     examples: int = 0
     tokens: int = 0
     target_tokens: int = 0
+    text_bytes: int = 0
+    rows_split: int = 0
+    pieces: int = 0
     examples_cut: int = 0
     tokens_cut: int = 0
     target_tokens_cut: int = 0
@@ -47,7 +51,10 @@ class SourceReport:
     shortened: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, row: PreparedRow) -> None:
-        """Count one row."""
+        """Count one row, or the rows that a block of a stream stands for."""
+        if row.counts is not None:
+            self.merge(row.counts)
+            return
         self.rows_read += 1
         self.notes.update(set(row.notes))
         if row.problem is not None:
@@ -56,6 +63,10 @@ class SourceReport:
             _list(self.bad, row.place, row.problem.reason, row.problem.detail)
             return
         self.rows_kept += bool(row.examples)
+        self.text_bytes += row.text_bytes if row.examples else 0
+        if self.format == "text" and len(row.examples) > 1:
+            self.rows_split += 1
+            self.pieces += len(row.examples)
         self.rows_too_long += not row.examples
         for tokens, targets in row.too_long:
             self.examples_too_long += 1
@@ -104,16 +115,23 @@ class SourceReport:
         """The account for a reader: what was kept, what was not, and what is odd about the rest."""
         if not self.rows_read:
             return []
+        rows = "documents" if self.format == "text" else "rows"
         parts = [
-            f"{self.rows_kept:,} of {self.rows_read:,} rows, {self.tokens:,} tokens, "
+            f"{self.rows_kept:,} of {self.rows_read:,} {rows}, {self.tokens:,} tokens, "
             f"{self.target_tokens:,} targets"
         ]
+        if self.text_bytes:
+            parts.append(
+                f"{self.tokens / self.rows_kept:,.0f} tokens a document, "
+                f"{self.text_bytes / self.tokens:.2f} bytes a token"
+            )
         parts += [
             f"{count:,} {what}"
             for count, what in (
-                (self.rows_bad, "bad rows left out"),
+                (self.rows_bad, f"bad {rows} left out"),
                 (self.examples_too_long, "over data.max_length left out"),
                 (self.rows_cut, "cut at data.max_length"),
+                (self.rows_split, f"split at data.max_length, in {self.pieces:,} pieces"),
             )
             if count
         ]

@@ -6,18 +6,23 @@ All three give the same thing, a `PreparedRow` an index; they differ in when a r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.data import cache
+from tunesmith.data.blocks import best_fit
 from tunesmith.data.prepare import PreparedRow, Preparer
-from tunesmith.data.records import RawRow
+from tunesmith.data.records import Example, RawRow
+from tunesmith.data.report import SourceReport
 from tunesmith.data.sources import Position
 from tunesmith.errors import DataError
+
+_ROWS_AT_ONCE = 256  # tokenised together
 
 
 class Rows(Protocol):
@@ -67,6 +72,50 @@ class CachedRows:
 
     def select(self, indices: NDArray[np.int64]) -> CachedRows:
         return CachedRows(self._dataset.select(indices))
+
+
+class JoinedRows:
+    """Documents on disk joined and cut every `size` tokens, whatever ends or begins there; item i is one
+    block, an example that sees all of itself. The last block of a source is what is left. Blocks are put
+    together when they are fetched, from the pieces of documents as they lie on disk.
+
+    lengths [N]: of the pieces. bounds: first piece and the one after the last, of each source. `starts` and
+    `ends` [B] say where each block lies among the tokens of all pieces, `blocks` how many a source has."""
+
+    def __init__(
+        self, pieces: CachedRows, lengths: NDArray[np.int32], bounds: Sequence[tuple[int, int]], size: int
+    ) -> None:
+        self._pieces = pieces
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+        before = np.concatenate([[0], self._ends])
+        spans = [(int(before[first]), int(before[end])) for first, end in bounds]
+        starts = [np.arange(start, end, size) for start, end in spans]
+        self.starts = np.concatenate([np.empty(0, np.int64), *starts])
+        self.ends = np.concatenate(
+            [np.empty(0, np.int64)]
+            + [np.minimum(at + size, end) for at, (_, end) in zip(starts, spans, strict=True)]
+        )
+        self.blocks = [len(at) for at in starts]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> PreparedRow:
+        start, end = int(self.starts[index]), int(self.ends[index])
+        at, place, parts = int(np.searchsorted(self._ends, start, side="right")), "", []
+        while start < end:
+            piece = self._pieces[at]
+            place = place or piece.place
+            ids = piece.examples[0].input_ids
+            begun = int(self._ends[at]) - len(ids)
+            parts.append(ids[start - begun : end - begun])
+            start, at = int(self._ends[at]), at + 1
+        return PreparedRow(place, (_whole(np.concatenate(parts)),))
+
+
+def _whole(ids: NDArray[np.int32]) -> Example:
+    """Tokens that are all targets, but for the first."""
+    return Example(ids, np.asarray([[0, len(ids)]], dtype=np.int32), np.ones(1, dtype=np.float32))
 
 
 class LazyRows:
@@ -125,9 +174,13 @@ RowsFrom = Callable[[Position], Iterator[tuple[Position, RawRow]]]
 
 class StreamedRows:
     """Rows read in file order, one of each source in turn while it has any, again from the start when all are
-    read. They are shuffled in blocks of `buffer` rows, each by a permutation of its own, so that a block is
-    all that must be read to get at a row. Item i can only be fetched going forward, but for the block before;
-    rows that are not asked for are not tokenised."""
+    read. They are taken in windows of `buffer` rows, which is all that must be read to get at a row:
+
+        item i is a row     shuffled within its window, by a permutation of the window's own; rows that are
+                            not asked for are not tokenised
+        item i is a block   with `blocks`: of a window's documents, tokenised and grouped; blocks are shuffled
+
+    Items can only be fetched going forward, but for the window before and the last `keep` items."""
 
     def __init__(
         self,
@@ -137,6 +190,8 @@ class StreamedRows:
         buffer: int,
         seed: int,
         skip_bad_rows: bool,
+        blocks: BlockMaker | None = None,
+        keep: int = 0,
     ) -> None:
         self._preparers = [preparer for _, preparer in sources]
         self._sources = [rows for rows, _ in sources]
@@ -144,50 +199,115 @@ class StreamedRows:
         self._buffer = buffer
         self._seed = seed
         self._skip_bad_rows = skip_bad_rows
+        self._make_blocks = blocks
+        self._keep = keep
         self._start: dict[str, Any] | None = None
         self._turns: _Turns | None = None
-        self._blocks: deque[_Block] = deque(maxlen=2)
+        self._windows: deque[_Window] = deque()
 
     def __len__(self) -> int:
         return self._length
 
     def start_at(self, place: dict[str, Any] | None) -> None:
-        """Begin to read where `PreparedRow.stream` of an earlier row says, instead of at the start. Items
-        before its block can no longer be fetched without reading from the start."""
+        """Begin to read where `PreparedRow.stream` of an earlier item says, instead of at the start. Items
+        before its window can no longer be fetched without reading from the start."""
         self._start, self._turns = place, None
-        self._blocks.clear()
+        self._windows.clear()
 
     def __getitem__(self, index: int) -> PreparedRow:
-        number, offset = divmod(index, self._buffer)
-        block = self._block(number)
-        source, row = block.rows[block.order[offset]]
-        (outcome,) = self._preparers[source].prepare([row])
-        return replace(_usable(outcome, self._skip_bad_rows), stream=block.place)
+        window = self._window(index)
+        item = window.items[index - window.first]
+        row = item if isinstance(item, PreparedRow) else self._prepared([item])[0]
+        return replace(row, stream=window.place)
 
-    def _block(self, number: int) -> _Block:
-        for block in self._blocks:
-            if block.place["block"] == number:
-                return block
-        if self._turns is None or number < self._blocks[-1].place["block"]:
-            start = self._start if self._start is not None and self._start["block"] <= number else None
-            self._blocks.clear()
+    def _window(self, index: int) -> _Window:
+        """The one that holds this item."""
+        for window in self._windows:
+            if window.first <= index < window.end:
+                return window
+        if self._turns is None or index < self._windows[-1].first:
+            start = self._start if self._start is not None and self._start["first"] <= index else None
+            self._windows.clear()
             self._turns = _Turns(self._sources, start)
-            first = start["block"] if start is not None else 0
+            number, first = (start["window"], start["first"]) if start is not None else (0, 0)
         else:
-            first = self._blocks[-1].place["block"] + 1
-        for at in range(first, number + 1):
-            place = {"block": at, **self._turns.place()}
-            rows = [next(self._turns) for _ in range(self._buffer)]
-            order = np.random.default_rng([self._seed, at]).permutation(self._buffer)
-            self._blocks.append(_Block(place, rows, order))
-        return self._blocks[-1]
+            number, first = self._windows[-1].place["window"] + 1, self._windows[-1].end
+        while True:
+            window = self._read_window(self._turns, number, first)
+            self._windows.append(window)
+            while len(self._windows) > 2 and window.end - self._windows[1].first >= self._keep:
+                self._windows.popleft()
+            number, first = number + 1, window.end
+            if index < window.end:
+                return window
+
+    def _read_window(self, turns: _Turns, number: int, first: int) -> _Window:
+        place = {"window": number, "first": first, **turns.place()}
+        rows: Sequence[Any] = []
+        rounds = turns.rounds
+        while not rows:
+            rows = [next(turns) for _ in range(self._buffer)]
+            if self._make_blocks is not None:
+                rows = self._make_blocks(self._prepared(rows))
+            if turns.rounds > rounds + 1:
+                raise DataError("data.train: no document of it can be trained on.")
+        order = np.random.default_rng([self._seed, number]).permutation(len(rows))
+        return _Window(place, first, first + len(rows), [rows[i] for i in order])
+
+    def _prepared(self, rows: Sequence[tuple[int, RawRow]]) -> list[PreparedRow]:
+        """In order; of each source as many together as a tokenizer likes to be given."""
+        found: dict[int, PreparedRow] = {}
+        for source, preparer in enumerate(self._preparers):
+            numbers = [number for number, (of, _) in enumerate(rows) if of == source]
+            for at in range(0, len(numbers), _ROWS_AT_ONCE):
+                some = numbers[at : at + _ROWS_AT_ONCE]
+                outcomes = preparer.prepare([rows[number][1] for number in some])
+                found |= dict(zip(some, outcomes, strict=True))
+        return [_usable(found[number], self._skip_bad_rows) for number in range(len(rows))]
 
 
 @dataclass(frozen=True)
-class _Block:
+class _Window:
+    """Items [first, end), and where to begin to read to get them again."""
+
     place: dict[str, Any]
-    rows: list[tuple[int, RawRow]]
-    order: NDArray[np.int64]
+    first: int
+    end: int
+    items: list[Any]
+
+
+@dataclass(frozen=True)
+class BlockMaker:
+    """Makes blocks of `size` tokens of prepared documents: by `best_fit`, each document an example, or joined
+    and cut (`joins`), each block an example."""
+
+    size: int
+    joins: bool
+
+    def __call__(self, documents: Sequence[PreparedRow]) -> list[PreparedRow]:
+        """The account of the documents comes in `counts` of the first block; of a window every block is
+        fetched once, if all are."""
+        counts = SourceReport("", "text")
+        for document in documents:
+            counts.add(document)
+        pieces = [(document.place, example) for document in documents for example in document.examples]
+        ids = [example.input_ids for _, example in pieces]
+        ends = np.cumsum([0, *map(len, ids)])
+        blocks: list[tuple[str, tuple[Example, ...]]] = []
+        if self.joins:
+            joined = np.concatenate([np.empty(0, np.int32), *ids])
+            for at in range(0, len(joined), self.size):
+                place = pieces[int(np.searchsorted(ends, at, side="right")) - 1][0]
+                blocks.append((place, (_whole(joined[at : at + self.size]),)))
+        else:
+            order, starts = best_fit(np.diff(ends).astype(np.int32), self.size)
+            for start, end in pairwise(starts.tolist()):
+                chosen = [pieces[i] for i in order[start:end]]
+                blocks.append((chosen[0][0], tuple(example for _, example in chosen)))
+        return [
+            PreparedRow(place, examples, counts=SourceReport("", "text") if number else counts)
+            for number, (place, examples) in enumerate(blocks)
+        ]
 
 
 class _Turns:
@@ -199,6 +319,7 @@ class _Turns:
         # Of each source where it is, or None when it has been read to its end.
         self._positions: list[Position | None] = [(0, 0)] * len(sources)
         self._turn = 0
+        self.rounds = 0  # times that all were read
         if place is not None:
             self._positions = [p if p is None else (p[0], p[1]) for p in place["positions"]]
             self._turn = place["turn"]
@@ -218,6 +339,7 @@ class _Turns:
             if not self._has_rows:
                 raise DataError("data.train: there is no row in it.")
             self._has_rows = False
+            self.rounds += 1
             self._positions = [(0, 0)] * len(self._sources)
             self._turn = 0
 

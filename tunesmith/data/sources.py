@@ -12,7 +12,8 @@ DataError.
 | .jsonl .ndjson  | a line that is not blank                                 | `file:line`               |
 | .json           | an element of the list (or a line, if it is JSON lines)  | `file:line` it begins in  |
 | .csv            | a record below the header                                | `file:line` it begins in  |
-| .txt            | a line that is not blank, as `{"text": line}`            | `file:line`               |
+| .txt            | a line that is not blank, as `{"text": line}`; or, by    | `file:line` it begins in  |
+|                 | `sample_by`, a paragraph or the whole file               |                           |
 | .parquet .arrow | a row                                                    | `file[index]`             |
 | a hub data set  | a row                                                    | `owner/name:split[index]` |
 
@@ -33,7 +34,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -50,6 +51,7 @@ _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(\w[\w.-]*))?"
 _METADATA_FILES = frozenset({"dataset_info.json", "dataset_dict.json", "state.json"})
 _CHUNK = 1 << 17  # bytes; 32 KiB costs a quarter on JSON lines, 1 MiB a fifth on .json
 
+SampleBy = Literal["line", "paragraph", "document"]
 _Numbered = Iterator[tuple[int, bytes | BadRow]]  # (line the row begins in, the row)
 
 
@@ -144,7 +146,7 @@ def iter_rows_from(
     for index, file in list(enumerate(resolve_files(source.path)))[done:]:
         num_rows = 0
         try:
-            for row in _file_rows(file, max_row_bytes, list_columns):
+            for row in _file_rows(file, max_row_bytes, list_columns, source.sample_by):
                 num_rows += 1
                 if index > done or num_rows > passed:
                     yield (index, num_rows), row
@@ -155,7 +157,7 @@ def iter_rows_from(
             ) from error
 
 
-def _file_rows(file: Path, limit: int, list_columns: frozenset[str]) -> Iterator[RawRow]:
+def _file_rows(file: Path, limit: int, list_columns: frozenset[str], sample_by: SampleBy) -> Iterator[RawRow]:
     ending = _ending(file)
     if ending in (".parquet", ".arrow"):
         for index, payload in enumerate(_arrow_rows(file, ending, limit)):
@@ -164,7 +166,7 @@ def _file_rows(file: Path, limit: int, list_columns: frozenset[str]) -> Iterator
         for number, fields in _csv_rows(_chunks(file), limit, file):
             yield RawRow(f"{file}:{number}", fields)
     elif ending == ".txt":
-        for number, line in _not_blank(_lines(_chunks(file), limit)):
+        for number, line in _not_blank(_texts(_lines(_chunks(file), limit), limit, sample_by)):
             yield RawRow(f"{file}:{number}", line if isinstance(line, BadRow) else _text_row(line))
     else:
         chunks = _chunks(file)
@@ -225,6 +227,40 @@ def _lines(chunks: Iterable[bytes], limit: int) -> _Numbered:
 
 def _not_blank(rows: _Numbered) -> _Numbered:
     return ((number, row) for number, row in rows if isinstance(row, BadRow) or (row and not row.isspace()))
+
+
+def _texts(lines: _Numbered, limit: int, sample_by: SampleBy) -> _Numbered:
+    """The rows of a .txt file with the line each begins in: lines, or what several of them are together."""
+    if sample_by == "line":
+        yield from lines
+        return
+    first, size = 1, 0
+    held: list[bytes] = []
+    problem: BadRow | None = None
+
+    def text() -> bytes | BadRow:
+        if size > limit or problem is not None:
+            return problem or _too_large(size, limit)
+        return b"\n".join(held)
+
+    for number, line in lines:
+        if sample_by == "paragraph" and not isinstance(line, BadRow) and (not line or line.isspace()):
+            if held or problem:
+                yield first, text()
+            held, problem, size = [], None, 0
+            continue
+        if not held and problem is None:
+            first = number
+        if isinstance(line, BadRow):
+            problem = line
+        else:
+            size += len(line) + 1
+            if size <= limit:
+                held.append(line)
+            else:
+                held[1:] = []
+    if held or problem:
+        yield first, text()
 
 
 def _text_row(line: bytes) -> dict[str, Any] | BadRow:

@@ -11,22 +11,27 @@ from tunesmith.errors import ModelError, TemplateError
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The tokenizer of `model.tokenizer` (or `model.path`) with `data.template` and
+    """The tokenizer of `model.tokenizer` (or beside `model.path` or `model.config`) with `data.template` and
     `adapter.trainable_tokens` in it.
 
     Raises ModelError if there is none, TemplateError if `data.template` is a file that is no Jinja
     template."""
     from transformers import AutoTokenizer
 
-    name = config.model.tokenizer or config.model.path
+    key, name = config.model.tokenizer_origin
+    hint = " Name one with model.tokenizer." if key == "model.config" else ""
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=config.model.trust_remote_code, revision=config.model.revision
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        key = "model.tokenizer" if config.model.tokenizer else "model.path"
-        raise ModelError(f"{key}={name}: no tokenizer can be loaded from it: {_first_line(error)}") from error
+        raise ModelError(
+            f"{key}={name}: no tokenizer can be loaded from it: {_first_line(error)}{hint}"
+        ) from error
     vocab = tokenizer.get_vocab()
+    if set(vocab) <= set(tokenizer.all_special_tokens):
+        # What transformers 5 makes of a config.json alone, without a word.
+        raise ModelError(f"{key}={name}: no tokenizer is there (tokenizer.json).{hint}")
     _add_control_tokens(tokenizer, [token for token in config.adapter.trainable_tokens if token not in vocab])
     if config.data.template == "chatml":
         _set_up_chatml(tokenizer)

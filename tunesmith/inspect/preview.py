@@ -215,8 +215,9 @@ def _count(number: int, noun: str) -> str:
 
 def _settings(config: Config) -> dict[str, str]:
     data = config.data
+    origin, place = config.model.tokenizer_origin
     return {
-        "model.path": config.model.tokenizer or config.model.path,
+        origin: place,
         "data.train": ", ".join(source.path for source in data.train),
         "data.template": data.template,
         "data.train_on": data.train_on,

@@ -9,7 +9,7 @@ what training throws away: the text, and where each token stands in it.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any, Literal
@@ -123,9 +123,25 @@ def _show_row(row: RawRow, preparer: Preparer, config: Config, report: SourceRep
         traces = []  # the outcome tells the same
     problem = f"bad row ({consequence}): {outcome.problem}" if outcome.problem else ""
     kept = list(outcome.examples)
+    if len(traces) == 1 and len(kept) > 1:
+        is_joined = config.data.packing == "concatenate"  # the pieces are those of the cache, not of training
+        texts = [_show_text(traces[0], traces[0].example if is_joined else _rejoined(kept), preparer, False)]
+        return ShownRow(row.place, preparer.options.format, problem, (), texts)
     texts = [_show_text(trace, _take_kept(kept, trace.example), preparer, bool(problem)) for trace in traces]
     assert not kept, "prepare and trace disagree"
     return ShownRow(row.place, preparer.options.format, problem, tuple(sorted(set(outcome.notes))), texts)
+
+
+def _rejoined(pieces: Sequence[Example]) -> Example:
+    """A document that was split, as one example again, with a span for each piece. As training has it, the
+    first token of a piece is no target."""
+    ends = np.cumsum([len(piece.input_ids) for piece in pieces])
+    starts = ends - [len(piece.input_ids) for piece in pieces] + 1
+    return Example(
+        np.concatenate([piece.input_ids for piece in pieces]),
+        np.stack([starts, ends], axis=1).astype(np.int32),
+        np.ones(len(pieces), dtype=np.float32),
+    )
 
 
 def _take_kept(kept: list[Example], whole: Example) -> Example | None:
@@ -139,7 +155,9 @@ def _take_kept(kept: list[Example], whole: Example) -> Example | None:
 
 def _show_text(trace: Trace, kept: Example | None, preparer: Preparer, is_bad: bool) -> ShownText:
     whole = trace.example
-    weights = [float(str(weight)) for weight in whole.token_weights()]  # 0.1, not float32's 0.10000000149
+    is_whole = kept is not None and len(kept.input_ids) == len(whole.input_ids)
+    shown = kept if kept is not None and is_whole else whole
+    weights = [float(str(weight)) for weight in shown.token_weights()]  # 0.1, not float32's 0.10000000149
     num_kept = 0 if kept is None else len(kept.input_ids)
     limit = preparer.options.max_length
     verdict = ""
@@ -147,6 +165,8 @@ def _show_text(trace: Trace, kept: Example | None, preparer: Preparer, is_bad: b
         targets = f"{whole.num_targets:,} of them targets"
         why = "dropped" if preparer.options.too_long == "drop" else "dropped, no target would be left"
         verdict = f"{why}: {len(weights):,} tokens, {targets}; data.max_length={limit}"
+    elif kept is not None and is_whole and len(kept.spans) > len(whole.spans):
+        verdict = f"split at data.max_length={limit}, in {len(kept.spans)} pieces"
     elif kept is not None and kept.num_cut_tokens:
         verdict = (
             f"cut at data.max_length={limit}: {kept.num_cut_tokens:,} of {len(weights):,} tokens go, "

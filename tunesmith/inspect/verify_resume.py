@@ -4,8 +4,9 @@ never stopped.
     straight   a short run from its first step to its last
     resumed    the same, killed when the checkpoint of a step is complete, and gone on with
 
-Each is `tunesmith sft` in a process of its own, in a temporary folder. Compared bit by bit: the checkpoint
-at the stop, every line of metrics.jsonl but for times, and the last checkpoint.
+Each is `tunesmith sft` (or `pretrain`, as run.recipe says) in a process of its own, in a temporary folder.
+Compared bit by bit: the checkpoint at the stop, every line of metrics.jsonl but for times, and the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.text import Text
 from safetensors import safe_open
 
-from tunesmith.config import Config, dump_config
+from tunesmith.config import Config, dump_config, load_config
 from tunesmith.errors import CheckpointError, ConfigError, TrainingError
 from tunesmith.models.save import WEIGHTS
 from tunesmith.training.checkpoints import (
@@ -134,8 +135,9 @@ def _run_both(
 
 
 def _train(file: Path, *overrides: str, until: Path | None = None) -> None:
-    """`tunesmith sft` in a process of its own; killed when the folder `until` is there."""
-    command = [sys.executable, "-m", "tunesmith", "sft", str(file), *overrides]
+    """The recipe of the config, in a process of its own; killed when the folder `until` is there."""
+    recipe = load_config(file).run.recipe or "sft"
+    command = [sys.executable, "-m", "tunesmith", recipe, str(file), *overrides]
     log = file.with_suffix(".log")
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)

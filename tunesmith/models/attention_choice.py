@@ -57,7 +57,7 @@ def set_attention(model: Any, config: Config, say: Callable[[str], None]) -> Non
     dtype, _ = compute_dtype(config.model)
     abilities = _abilities(model, dtype)
     name, why = choose_attention(
-        config.model.attention, default_device().type, config.data.packing, abilities
+        config.model.attention, default_device().type, config.data.pass_packing, abilities
     )
     if name == CPU:
         use_packed_attention(model)

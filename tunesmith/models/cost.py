@@ -42,6 +42,31 @@ def training_cost(model: Any) -> Cost:
     return Cost(per_token, per_target)
 
 
+# Tokens a parameter that a given amount of computation is spent best with: Hoffmann et al. 2022
+# (arXiv:2203.15556), table 3 (1.4T tokens for 67B parameters, 20.2B for 1B). All parameters count, embeddings
+# too.
+OPTIMAL_TOKENS_PER_PARAMETER = 20
+
+
+def size_lines(model: Any, tokens: float, *, is_known: bool) -> list[str]:
+    """What a model from scratch weighs and how its size goes with the tokens of the run, in sentences.
+    `is_known`: whether `tokens` is a count, or only what the rows can have at most."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding = sum(
+        parameter.numel()
+        for parameter in {id(table.weight): table.weight for table in tables if table is not None}.values()
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    optimal, at_most = OPTIMAL_TOKENS_PER_PARAMETER * total, "" if is_known else "at most "
+    return [
+        f"of {total:,} parameters {embedding:,} are embeddings and output head "
+        f"({100 * embedding / total:.0f} %), {total - embedding:,} are layers",
+        f"this run has {at_most}{tokens:,.0f} tokens, {tokens / total:,.2f} a parameter; compute-optimal "
+        f"training has about {OPTIMAL_TOKENS_PER_PARAMETER} a parameter (Hoffmann et al. 2022): "
+        f"{optimal:,} tokens",
+    ]
+
+
 def enable_gradient_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass.
 

@@ -51,17 +51,20 @@ def fuse(model: Any, pieces: Collection[str] = PIECES) -> None:
 def linear_parts(module: Any) -> LinearParts | None:
     """What a linear layer, with PEFT's LoRA in or around it or without, computes at this moment; None if that
     is more than `LinearParts` can say."""
-    if type(module) is nn.Linear:
-        return LinearParts(module.weight, module.bias)
+    if _is_plain_linear(module):
+        # Empty where an engine has not put it together: it is another module's forward that needs it.
+        return LinearParts(module.weight, module.bias) if module.weight.numel() else None
     if type(module).__name__ == "ModulesToSaveWrapper":
         names = [] if module.disable_adapters else list(module.active_adapters)
         trained = bool(names) and names[0] in module.modules_to_save
         return linear_parts(module.modules_to_save[names[0]] if trained else module.original_module)
     from peft.tuners.lora.layer import Linear as LoraLinear
 
-    if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear or module.fan_in_fan_out:
+    if type(module) is not LoraLinear or not _is_plain_linear(module.base_layer) or module.fan_in_fan_out:
         return None
     base = module.base_layer
+    if not base.weight.numel():
+        return None
     active_names = [name for name in module.active_adapters if name in module.lora_A]
     if module.disable_adapters or module.merged or not active_names:
         if module.disable_adapters and module.merged:
@@ -73,6 +76,12 @@ def linear_parts(module: Any) -> LinearParts | None:
         return None
     p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     return LinearParts(base.weight, base.bias, lora_a.weight, lora_b.weight, float(module.scaling[name]), p)
+
+
+def _is_plain_linear(module: Any) -> bool:
+    """Also where FSDP has put a class of its own before."""
+    kind = type(module)
+    return kind is nn.Linear or (kind.__name__ == "FSDPLinear" and kind.__bases__[-1] is nn.Linear)
 
 
 def _fuse_linears(model: nn.Module) -> None:
@@ -99,10 +108,9 @@ def _linear_forward(
 
 
 def _parts_of_all(modules: Sequence[nn.Module]) -> list[LinearParts] | None:
-    """What the layers compute, if all of it can be computed in one place: not under ZeRO-3, which gathers a
-    module's weights around its own forward."""
+    """What the layers compute, if all of it can be computed in one place."""
     parts = [linear_parts(module) for module in modules]
-    known = [part for part in parts if part is not None and not hasattr(part.weight, "ds_id")]
+    known = [part for part in parts if part is not None]
     return known if len(known) == len(parts) else None
 
 
@@ -272,14 +280,23 @@ class LossHead:
     targets: Tensor | None = None
     weights: Tensor | None = None
     label_smoothing: float = 0.0
+    z_loss: float = 0.0
     losses: Tensor | None = None
 
     def __call__(
-        self, model: Any, targets: Tensor, weights: Tensor, *, label_smoothing: float = 0.0, **inputs: Any
+        self,
+        model: Any,
+        targets: Tensor,
+        weights: Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        **inputs: Any,
     ) -> Tensor:
         """weight * loss of each prediction [P], by a call of the model that asks for these positions
         (`logits_to_keep`)."""
-        self.targets, self.weights, self.label_smoothing = targets, weights, label_smoothing
+        self.targets, self.weights = targets, weights
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
         try:
             losses: Tensor = model(labels=targets, **inputs).loss
             return losses
@@ -342,6 +359,8 @@ def _head_forward(
         nll = torch.nn.functional.cross_entropy(
             logits, head.targets, reduction="none", label_smoothing=head.label_smoothing
         )
+        if head.z_loss:
+            nll = nll + head.z_loss * logits.logsumexp(-1).square()
         head.losses = nll * head.weights
         return hidden.new_empty((*hidden.shape[:-2], 0, logits.shape[-1]))
     head.losses = prediction_losses(
@@ -351,6 +370,7 @@ def _head_forward(
         head.weights,
         change=change,
         label_smoothing=head.label_smoothing,
+        z_loss=head.z_loss,
     )
     # The model goes on to work on logits: there are none.
     return hidden.new_empty((*hidden.shape[:-2], 0, parts.weight.shape[0]))

@@ -4,12 +4,14 @@ predictions.
 P predictions, H hidden size, V vocabulary, z = x W^T + b (+ s x A^T B^T), then the model's own change f of
 logits (soft-capping in Gemma 2, a factor in Granite and Cohere).
 
-    loss_i = w_i (log sum_j exp f(z_ij) - (1 - e) f(z_it) - e mean_j f(z_ij))         e: label smoothing
-    dz_ij  = w_i f'(z_ij) (p_ij - (1 - e) [j = t] - e / V)
+    lse_i  = log sum_j exp f(z_ij)
+    loss_i = w_i (lse_i - (1 - e) f(z_it) - e mean_j f(z_ij) + c lse_i^2)     e: label smoothing, c: z-loss
+    dz_ij  = w_i f'(z_ij) ((1 + 2 c lse_i) p_ij - (1 - e) [j = t] - e / V)
 
 The gradients are made in the forward pass, while the chunk's logits are there; the backward pass scales them.
 Not even the probabilities are made: with u_ij = exp f(z_ij) in place of the logits and l_i its sum,
-dx_i = (w_i / l_i) (u_i - l_i [t]) W, so a row's factor is applied to H numbers and not to V.
+dx_i = (w_i / l_i) (u_i - l_i [t]) W, so a row's factor is applied to H numbers and not to V. The z-loss makes
+p_ij a multiple of itself: l_i / (1 + 2 c lse_i) takes the place of l_i.
 """
 
 from __future__ import annotations
@@ -42,13 +44,14 @@ def prediction_losses(
     *,
     change: LogitChange = LogitChange(),
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """weight * negative log-likelihood of each prediction: [P] float32.
+    """weight * (negative log-likelihood + z_loss * log(Z)^2) of each prediction: [P] float32.
 
     hidden [P, H]; targets [P] int64; weights [P] float32, which may be zero. The gradient of the hidden
     states is right for any gradient of the losses; a trained head's is made for equal gradients (a plain or
     scaled sum), and made anew otherwise."""
-    options = _Options(change, label_smoothing, head.scale)
+    options = _Options(change, label_smoothing, z_loss, head.scale)
     losses: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
         hidden, targets, weights, options, pass_dtype(hidden), *head.tensors
     )
@@ -59,6 +62,7 @@ def prediction_losses(
 class _Options:
     change: LogitChange
     label_smoothing: float
+    z_loss: float
     scale: float
 
 
@@ -178,6 +182,11 @@ def _chunk(
     nll = log_sums - (1 - smoothing) * target_logits
     if mean_logits is not None:
         nll -= smoothing * mean_logits
+    if options.z_loss:
+        nll += options.z_loss * log_sums.square()
+        slopes = 1 + 2 * options.z_loss * log_sums
+        # Where the slope is 0 (a log Z far below it) the sum would be infinite; 2^-20 is less than rounding.
+        sums = sums / torch.where(slopes.abs() < 2**-20, 2**-20, slopes)
     losses = (nll[:, 0] * weights).float()
     if grads.hidden is None and not any(grad is not None for grad in grads.tensors):
         return losses

@@ -1,4 +1,4 @@
-"""The base model: found, checked, and loaded in the right number format."""
+"""The base model: found, checked, and loaded in the right number format; or made from scratch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tunesmith.config import Config
 from tunesmith.errors import MissingExtraError, ModelError
 from tunesmith.models.attention_choice import set_attention
 from tunesmith.models.devices import compute_dtype
+from tunesmith.models.initialise import initialise_model, scratch_config
 
 Say = Callable[[str], None]
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -22,14 +23,29 @@ _LOOKED_AT, _PLACE_BYTES = 64, 4096  # places of a weights file that its fingerp
 
 
 def load_model(config: Config, tokenizer: Any, say: Say) -> Any:
-    """The causal LM of `model.path`, ready to be adapted: embeddings as large as the tokenizer, cache off.
+    """The causal LM of `model.path` or `model.config`, ready to be adapted: embeddings as large as the
+    tokenizer, cache off.
 
     Weights that will be trained in full are float32, all others in the compute format. Raises ModelError if
     there is no such model, or its weights are pickles."""
+    if config.model.is_from_scratch:
+        dtype, why = compute_dtype(config.model)
+        model = initialise_model(config, tokenizer, say)
+        say(f"it is trained in {str(dtype).removeprefix('torch.')}: {why}")
+    else:
+        model = _load_trained(config, tokenizer, say)
+    set_attention(model, config, say)
+    model.config.use_cache = False
+    _freeze(model, config.model.freeze)
+    return model
+
+
+def _load_trained(config: Config, tokenizer: Any, say: Say) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype, why = compute_dtype(config.model)
     is_trained = config.adapter.method == "none"
+    assert config.model.path is not None  # the config's checks see to it
     say(f"model {config.model.path} in {str(dtype).removeprefix('torch.')}: {why}")
     _refuse_pickles(config.model.path)
     model_config = _load_model_config(config)
@@ -57,9 +73,6 @@ def load_model(config: Config, tokenizer: Any, say: Say) -> Any:
     if len(tokenizer) > rows:
         say(f"embeddings grow from {rows} to {len(tokenizer)} rows for the tokens added to the tokenizer")
         model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
-    set_attention(model, config, say)
-    model.config.use_cache = False
-    _freeze(model, config.model.freeze)
     return model
 
 
@@ -91,11 +104,14 @@ def _refuse_pickles(path: str) -> None:
         )
 
 
-def weights_fingerprint(config: Config) -> str:
+def weights_fingerprint(config: Config, tokenizer: Any) -> str:
     """Tells one set of base weights from another without reading them all: the size of each file, and what
-    stands at places spread over it, which another training changes everywhere. Of a hub model its commit.
+    stands at places spread over it, which another training changes everywhere. Of a hub model its commit, of
+    one from scratch its config.
 
     Raises ModelError if there is no such model."""
+    if config.model.path is None:
+        return hashlib.sha256(scratch_config(config, tokenizer).to_json_string().encode()).hexdigest()
     folder = Path(config.model.path)
     if not folder.is_dir():
         return str(_load_model_config(config)._commit_hash)

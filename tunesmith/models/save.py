@@ -7,31 +7,39 @@ from __future__ import annotations
 import copy
 import errno
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tunesmith.errors import CheckpointError
 
-_ADAPTER, _MODEL = "adapter_model.safetensors", "model.safetensors"
+_ADAPTER, WHOLE_MODEL = "adapter_model.safetensors", "model.safetensors"
 # One of these is in every checkpoint.
-WEIGHTS = (_ADAPTER, _MODEL)
+WEIGHTS = (_ADAPTER, WHOLE_MODEL)
 
 
 def write_artifact(
-    folder: Path, model: Any, tokenizer: Any, *, dtype: torch.dtype, stop_ids: Iterable[int], readme: str
+    folder: Path,
+    model: Any,
+    weights: dict[str, Tensor],
+    tokenizer: Any,
+    *,
+    stop_ids: Iterable[int],
+    readme: str,
 ) -> None:
     """Write the adapter (or the whole model), tokenizer, chat template, generation_config and model card into
     an empty folder.
 
-    `model` is unwrapped (no DDP). A full model is written in `dtype`, the format it was computed in.
-    `stop_ids` end a generated answer, beside those the base model stops at."""
-    save_weights(folder, model, dtype=dtype)
+    `model` is unwrapped (no DDP), `weights` are those of `artifact_weights`. `stop_ids` end a generated
+    answer, beside those the base model stops at. Raises OSError if they cannot be written."""
+    try:
+        _save_pretrained(folder, model, weights)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(errno.EIO, str(error), str(folder)) from error
     tokenizer.save_pretrained(folder)
     generation_config(model, tokenizer, stop_ids).save_pretrained(folder)
     (folder / "README.md").write_text(readme, encoding="utf-8")
@@ -39,79 +47,135 @@ def write_artifact(
         file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
-def save_weights(folder: Path, model: Any, *, dtype: torch.dtype | None = None) -> None:
-    """Write weights and config as `save_pretrained` does; floating weights of a full model in `dtype` if
-    given. Raises OSError if they cannot be written."""
-    try:
-        _save_pretrained(folder, model, dtype)
-    except SafetensorError as error:  # what it makes of a full disk
-        raise OSError(errno.EIO, str(error), str(folder)) from error
+def artifact_weights(
+    model: Any, dtype: torch.dtype, whole: Callable[[Tensor], Tensor], *, keeps: bool = True
+) -> dict[str, Tensor]:
+    """What `write_artifact` writes: an adapter's weights as they are trained, or all of a full model's in
+    `dtype`, the format it was computed in. `whole` puts a tensor together, one at a time and in an order that
+    is the same on every rank; a rank that does not keep them gets none."""
+    state = model.state_dict(keep_vars=True)
+    is_adapter = hasattr(model, "peft_config")
+    if is_adapter:
+        ids = {id(tensor) for tensor in _adapter_tensors(model).values()}
+        state = {name: tensor for name, tensor in state.items() if id(tensor) in ids}
+    made: dict[int, Tensor] = {}
+    for key, tensor in {id(tensor): tensor for tensor in state.values()}.items():  # a tied one is one
+        value = whole(tensor).detach()
+        if keeps:
+            made[key] = value.to(dtype) if value.is_floating_point() and not is_adapter else value
+    return {name: made[id(tensor)] for name, tensor in state.items()} if keeps else {}
 
 
-def _save_pretrained(folder: Path, model: Any, dtype: torch.dtype | None) -> None:
+def _save_pretrained(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
     if hasattr(model, "peft_config"):
         _absolute_base_path(model)
         # The embedding is never an adapter's; new rows go through trainable_token_indices, which PEFT saves
         # itself.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
-        return
-    training_config = model.config
-    model.config = copy.deepcopy(training_config)
-    model.config.use_cache = True  # off for training only
-    state = model.state_dict()
-    try:
-        if dtype is not None:
-            model.config.dtype = dtype
-            state = {
-                name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()
-            }
-        model.save_pretrained(str(folder), state_dict=state)
-    finally:
-        model.config = training_config
+        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    else:
+        training_config = model.config
+        model.config = copy.deepcopy(training_config)
+        model.config.use_cache = True  # off for training only
+        try:
+            model.save_pretrained(str(folder), state_dict=weights)
+        finally:
+            model.config = training_config
+        # transformers writes down the format of the model in memory, and would load in that one.
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as written:
+            shapes = _shapes(written)
+        for name, shape in shapes.items():
+            if not all(shape):
+                raise OSError(errno.EIO, f"{name} was saved empty", str(file))
 
 
-def checkpoint_weights(model: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, bytes]]:
-    """(weights, texts) by file name: what `load_checkpoint_weights` sets, in full precision, with the config
-    that lets stock PEFT or transformers load it too. The tensors are the model's own, not copies."""
+def checkpoint_weights(model: Any) -> tuple[str, dict[str, Tensor], dict[str, bytes]]:
+    """(name of the weights' file, weights, other files): what `load_checkpoint_weights` sets, in full
+    precision, and the config that lets stock PEFT or transformers load it too. The tensors are the model's
+    own, not copies."""
     if hasattr(model, "peft_config"):
-        from peft import get_peft_model_state_dict
-
         _absolute_base_path(model)
         config = model.peft_config["default"].to_dict() | {"inference_mode": True}
         text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # it has sets
-        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-        return {_ADAPTER: tensors}, {"adapter_config.json": text.encode()}
+        return _ADAPTER, _adapter_tensors(model), {"adapter_config.json": text.encode()}
     config = copy.deepcopy(model.config)
     config.use_cache = True  # off for training only
-    config.architectures = [type(model).__name__]
-    return {_MODEL: _own_tensors(model)}, {"config.json": config.to_json_string().encode()}
+    config.architectures = [stock_class(model).__name__]
+    return WHOLE_MODEL, _own_tensors(model), {"config.json": config.to_json_string().encode()}
 
 
-def load_checkpoint_weights(folder: Path, model: Any) -> None:
-    """Set the weights that a checkpoint holds. Raises CheckpointError unless they are exactly those that
-    `checkpoint_weights` gives of this model."""
-    is_adapter = hasattr(model, "peft_config")
-    file = folder / (_ADAPTER if is_adapter else _MODEL)
+def load_checkpoint_weights(folder: Path, model: Any, set_whole: Callable[[Tensor, Tensor], None]) -> None:
+    """Set the weights that a checkpoint holds, each by `set_whole`, in an order that is the same on every
+    rank. Raises CheckpointError unless they are exactly those that `checkpoint_weights` gives of this
+    model."""
+    name, own, _ = checkpoint_weights(model)
+    files = split_files(folder, name)
+    shapes = {name: _whole_shape(tensor) for name, tensor in own.items()}
     try:
-        tensors = load_file(file)
+        opened: list[Any] = [safe_open(file, framework="pt") for file in files]
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be read: {error}") from error
-    own = checkpoint_weights(model)[0][file.name]
-    shapes, saved = ({name: t.shape for name, t in part.items()} for part in (own, tensors))
-    differing = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
+        raise CheckpointError(f"{folder / name}: cannot be read: {error}") from error
+    saved = {key: shape for part in opened for key, shape in _shapes(part).items()}
+    differing = sorted(key for key in shapes.keys() | saved.keys() if shapes.get(key) != saved.get(key))
     if differing:
-        name = differing[0]
+        key = differing[0]
         raise CheckpointError(
-            f"{file}: is of another model: {len(differing)} weights differ in name or shape, the first is "
-            f"{name}: {_shape(saved.get(name))} saved, {_shape(shapes.get(name))} expected."
+            f"{folder / name}: is of another model: {len(differing)} weights differ in name or shape, the "
+            f"first is {key}: {_shape(saved.get(key))} saved, {_shape(shapes.get(key))} expected."
         )
-    memory = {tensor.data_ptr() for tensor in own.values()}
-    assert all(p.data_ptr() in memory for p in model.parameters() if p.requires_grad), (
-        "a copy would be filled"
-    )
+    ids = set(map(id, own.values()))
+    assert all(id(p) in ids for p in model.parameters() if p.requires_grad), "a copy would be filled"
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        for part in opened:
+            for key in sorted(part.keys()):
+                set_whole(own[key], part.get_tensor(key))
+
+
+def split_name(name: str, part: int, num_parts: int) -> str:
+    """Name of part 0, 1, ... of a file, as transformers splits one; the name itself if it is whole."""
+    stem, ending = name.rsplit(".", 1)
+    return name if num_parts == 1 else f"{stem}-{part + 1:05d}-of-{num_parts:05d}.{ending}"
+
+
+def split_files(folder: Path, name: str) -> list[Path]:
+    """The file of this name, or the parts it is split into, in order."""
+    if (whole := folder / name).is_file():
+        return [whole]
+    stem, ending = name.rsplit(".", 1)
+    return sorted(folder.glob(f"{stem}-?????-of-?????.{ending}")) or [whole]
+
+
+def split_index(name: str, keys: list[str], num_parts: int) -> bytes:
+    """Which part of a split file has which tensor, as transformers reads it: number i is in part i modulo
+    their number."""
+    where = {key: split_name(name, i % num_parts, num_parts) for i, key in enumerate(keys)}
+    return json.dumps({"metadata": {}, "weight_map": where}, indent=2).encode()
+
+
+def stock_class(model: Any) -> type:
+    """A model's class in transformers, which FSDP puts one of its own before."""
+    return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+
+
+def _adapter_tensors(model: Any) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    state = model.state_dict(keep_vars=True)
+    return dict(get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False))
+
+
+def _shapes(opened: Any) -> dict[str, list[int]]:
+    """Of the tensors in a safetensors file."""
+    return {name: list(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+
+
+def _whole_shape(tensor: Tensor) -> list[int]:
+    """Also where ZeRO-3 has shared it out."""
+    return list(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def _own_tensors(model: Any) -> dict[str, Tensor]:
@@ -120,7 +184,7 @@ def _own_tensors(model: Any) -> dict[str, Tensor]:
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         names.setdefault(id(tensor), name)
-    return {name: state[name].detach() for name in names.values()}
+    return {name: state[name] for name in names.values()}
 
 
 def _shape(shape: Any) -> str:

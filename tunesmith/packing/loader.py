@@ -12,7 +12,9 @@ from tunesmith.packing.plan import StepPlan
 
 
 class PlanSampler(Sampler[list[int]]):
-    """The example indices of each pass of this rank, for one epoch.
+    """The example indices of each pass of this rank, for `steps_per_epoch` steps. That is an epoch of the
+    trainer, which wants all of them to be of one length; while the batch size warms up, rows are not yet
+    through when it ends.
 
     `skip_steps` steps at the front of the epoch `skip_in_epoch` come out empty and cost nothing: accelerate
     passes over them when a run goes on from the middle of an epoch."""
@@ -35,13 +37,15 @@ class PlanSampler(Sampler[list[int]]):
         return self.plan.steps_per_epoch * self.plan.passes
 
     def __iter__(self) -> Iterator[list[int]]:
-        rows = self.plan.rows_of_epoch(self.epoch)
         first = self.skip_steps if self.epoch == self.skip_in_epoch else 0
         for _ in range(first * self.plan.passes):
             yield []
-        for step in range(first, self.plan.steps_per_epoch):
-            start = step * self.plan.batch_size
-            yield from self.plan.split(rows[start : start + self.plan.batch_size])[self.rank]
+        rows, rows_of = None, -1
+        for in_epoch in range(first, self.plan.steps_per_epoch):
+            epoch, start, end = self.plan.steps.place(self.epoch * self.plan.steps_per_epoch + in_epoch)
+            if rows is None or epoch != rows_of:
+                rows, rows_of = self.plan.rows_of_epoch(epoch), epoch
+            yield from self.plan.split(rows[start:end])[self.rank]
 
 
 def plan_loader(

@@ -1,7 +1,8 @@
 """The step plan: which rows each optimiser step holds, and how a step is split into forward passes.
 
     rows of an epoch     a permutation, a pure function of (seed, epoch)
-    a step               the next `batch_size` of them; the last step of an epoch holds what is left
+    a step               the next `batch_size` of them, or fewer while that warms up; the last step of an
+                         epoch holds what is left (steps.py)
     a forward pass       some examples of the step, at most `micro_batch_tokens` tokens in all, a prefix that
                          they share counted once where passes share prefixes (see `sharing`, `balance`)
 
@@ -13,16 +14,18 @@ there.
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tunesmith.data.blocks import best_fit
 from tunesmith.packing.balance import Steps, split_step, sweep
 from tunesmith.packing.sharing import Sharing
+from tunesmith.packing.steps import StepRows
 
 _CELLS = 1 << 20  # examples of the steps that are looked at together: a few arrays of 8 MiB
 _FIRST_STEPS = 64  # of the heaviest steps, which most often decide
@@ -49,17 +52,37 @@ class StepPlan:
     lengths: NDArray[np.int32]
     row_starts: NDArray[np.int64]
     sources: tuple[RowSource, ...]
-    batch_size: int
+    steps: StepRows
     num_ranks: int
     seed: int
     passes: int
-    steps_per_epoch: int
     shuffle: bool
     sharing: Sharing | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a step, but for the last one of an epoch and those of a warm-up."""
+        return self.steps.batch_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch, but for those in which the batch size warms up."""
+        return self.steps.steps_per_epoch
 
     def rows_of_epoch(self, epoch: int) -> NDArray[np.int64]:
         """[rows] the order of one epoch."""
         return _rows_of_epoch(self.sources, self.seed, epoch, shuffle=self.shuffle)
+
+    def drawn(self, num_steps: int) -> list[tuple[int, int]]:
+        """Of each source the rows that so many steps hold, and their tokens, however often each is drawn."""
+        counts = np.zeros(len(self.row_starts) - 1, dtype=np.int64)
+        for epoch in range(math.ceil(num_steps / self.steps_per_epoch)):
+            rows = self.rows_of_epoch(epoch)
+            num_rows = (num_steps - epoch * self.steps_per_epoch) * self.batch_size
+            counts += np.bincount(rows[:num_rows], minlength=len(counts))
+        tokens = counts * _row_tokens(self.lengths, self.row_starts)
+        spans = [slice(source.start, source.end) for source in self.sources]
+        return [(int(counts[span].sum()), int(tokens[span].sum())) for span in spans]
 
     def split(self, rows: Sequence[int] | NDArray[np.int64]) -> list[list[list[int]]]:
         """The examples of one step as [rank][pass][example], balanced by what the passes cost. Where sharing
@@ -76,6 +99,13 @@ class StepPlan:
         names = examples.tolist()
         named = [[names[n] for n in bin_] for bin_ in bins]
         return [named[rank :: self.num_ranks] for rank in range(self.num_ranks)]
+
+    def tokens_of(self, num_steps: int) -> float:
+        """Tokens of so many steps: as many a row as the first epoch has on average."""
+        rows = self.rows_of_epoch(0)
+        before = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        tokens = before[self.row_starts[rows + 1]] - before[self.row_starts[rows]]
+        return float(tokens.mean() * self.steps.num_rows_before(num_steps)) if len(rows) else 0.0
 
     def pass_tokens(self, examples: Sequence[int]) -> int:
         """Tokens of one pass, shared ones once (at most a few more than there are)."""
@@ -98,9 +128,11 @@ def make_plan(
     one_example_a_pass: bool,
     shuffle: bool = True,
     sharing: Sharing | None = None,
+    batch_size_warmup: tuple[int, int] | None = None,
 ) -> StepPlan:
     """Plan a run of `max_steps` steps or, without, of `epochs` passes over the rows.
 
+    batch_size_warmup: (rows of the first step, steps until there are `batch_size`).
     sharing: common prefixes of the examples, if a pass computes each of its prefixes once. `passes` is the
     fewest with which no pass of any step of the run goes over `micro_batch_tokens`: one fewer, and some step
     would.
@@ -108,11 +140,8 @@ def make_plan(
     Raises ValueError if an example is longer than `micro_batch_tokens`."""
     if len(lengths) and int(lengths.max()) > micro_batch_tokens:
         raise ValueError(f"an example of {int(lengths.max())} tokens does not fit in {micro_batch_tokens}")
-    steps_per_epoch = max(1, math.ceil(_rows_in_epoch(sources) / batch_size))
-    if max_steps is not None:
-        num_steps = max_steps
-    else:
-        num_steps = max(1, round((1 if epochs is None else epochs) * steps_per_epoch))
+    step_rows = StepRows(_rows_in_epoch(sources), batch_size, *(batch_size_warmup or ()))
+    num_steps = max_steps or step_rows.num_steps(1 if epochs is None else epochs)
     if one_example_a_pass:
         sharing = None
 
@@ -121,21 +150,20 @@ def make_plan(
             lengths,
             row_starts,
             tuple(sources),
-            batch_size,
+            step_rows,
             num_ranks,
             seed,
             passes,
-            steps_per_epoch,
             shuffle,
             sharing,
         )
 
     def epochs_of_run() -> Iterator[_Epoch]:
-        for epoch in range(math.ceil(num_steps / steps_per_epoch)):
-            rows = _rows_of_epoch(sources, seed, epoch, shuffle=shuffle)
-            rows = rows[: (num_steps - epoch * steps_per_epoch) * batch_size]
-            if len(rows):
-                yield _Epoch(rows, lengths, row_starts, batch_size, micro_batch_tokens, sharing)
+        for epoch in range(step_rows.place(num_steps - 1)[0] + 1):
+            starts, end = step_rows.starts(epoch, num_steps)
+            if end:
+                rows = _rows_of_epoch(sources, seed, epoch, shuffle=shuffle)[:end]
+                yield _Epoch(rows, starts, lengths, row_starts, micro_batch_tokens, sharing)
 
     passes = 1
     if one_example_a_pass:
@@ -180,28 +208,32 @@ def _examples_of(rows: NDArray[np.int64], row_starts: NDArray[np.int64]) -> NDAr
     return np.arange(counts.sum()) + np.repeat(starts - ends + counts, counts)
 
 
+def _row_tokens(lengths: NDArray[np.int32], row_starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    tokens: NDArray[np.int64] = before[row_starts[1:]] - before[row_starts[:-1]]
+    return tokens
+
+
 class _Epoch:
     """The steps of one epoch, and how many tokens and examples each has: int64 [steps]."""
 
     def __init__(
         self,
         rows: NDArray[np.int64],
+        first_rows: NDArray[np.int64],
         lengths: NDArray[np.int32],
         row_starts: NDArray[np.int64],
-        batch_size: int,
         micro_batch_tokens: int,
         sharing: Sharing | None,
     ) -> None:
         self.rows = rows
         self.lengths = lengths
         self.row_starts = row_starts
-        self.batch_size = batch_size
+        self.first_rows = first_rows
+        self.num_rows = np.diff(np.append(first_rows, len(rows)))
         self.micro_batch_tokens = micro_batch_tokens
         self.sharing = sharing
-        first_rows = np.arange(0, len(rows), batch_size)
-        tokens_before = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        row_tokens = tokens_before[row_starts[1:]] - tokens_before[row_starts[:-1]]
-        self.num_tokens = np.add.reduceat(row_tokens[rows], first_rows)
+        self.num_tokens = np.add.reduceat(_row_tokens(lengths, row_starts)[rows], first_rows)
         self.num_examples = np.add.reduceat(np.diff(row_starts)[rows], first_rows)
 
     def heaviest_first(self) -> Iterator[NDArray[np.int64]]:
@@ -218,8 +250,9 @@ class _Epoch:
 
     def lay_out(self, steps: NDArray[np.int64], bins: int) -> Steps:
         """Those of the steps that may not fit in so many bins."""
-        row_numbers = steps[:, None] * self.batch_size + np.arange(self.batch_size)
-        inside = row_numbers < len(self.rows)
+        in_step = np.arange(self.num_rows[steps].max())
+        row_numbers = self.first_rows[steps][:, None] + in_step
+        inside = in_step < self.num_rows[steps][:, None]
         examples = _examples_of(self.rows[row_numbers[inside]], self.row_starts)
         num_examples = self.num_examples[steps]
         place = np.arange(num_examples.max()) < num_examples[:, None]
@@ -289,9 +322,10 @@ def fill_passes(
     """Items grouped into few passes of at most `max_tokens` tokens each, for evaluation, where order does not
     matter. An item longer than that has a pass of its own.
 
-    Best-fit decreasing over a sorted list of free room; or, if that takes no more passes, neighbours in rank
+    Best-fit decreasing; or, if that takes no more passes, neighbours in rank
     order together, each prefix counted once. Where sharing is known, a pass is in rank order."""
-    passes = _best_fit(lengths, max_tokens)
+    order, starts = best_fit(np.clip(lengths, 1, max_tokens), max_tokens)
+    passes = [order[start:end].tolist() for start, end in pairwise(starts.tolist())]
     if sharing is None:
         return passes
     items, common = sharing.in_order(np.arange(len(lengths)))
@@ -300,19 +334,3 @@ def fill_passes(
     if len(pieces) <= len(passes):
         return [[names[n] for n in piece] for piece in pieces]
     return [sorted(a_pass, key=sharing.rank.__getitem__) for a_pass in passes]
-
-
-def _best_fit(lengths: NDArray[np.int32], max_tokens: int) -> list[list[int]]:
-    passes: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, pass), sorted
-    for item in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[item])
-        at = bisect.bisect_left(room, (length, -1))
-        if at == len(room):
-            passes.append([int(item)])
-            bisect.insort(room, (max(0, max_tokens - length), len(passes) - 1))
-        else:
-            free, index = room.pop(at)
-            passes[index].append(int(item))
-            bisect.insort(room, (free - length, index))
-    return passes

@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tunesmith.artifacts.model_card import model_card
-from tunesmith.artifacts.summary import finish_run
 from tunesmith.config import Config, load_config
-from tunesmith.data.loading import load_data
-from tunesmith.data.tokenizer import load_tokenizer
-from tunesmith.models.adapt import build_model
-from tunesmith.training.environment import inputs
-from tunesmith.training.objectives import next_token_loss
-from tunesmith.training.progress import Progress
-from tunesmith.training.run_folder import RunFolder
-from tunesmith.training.session import Session
+from tunesmith.recipes.train import RunResult, train
 from tunesmith.training.startup import Startup
-from tunesmith.training.startup_report import StartupReport, cached_names, data_stage
-
-
-@dataclass(frozen=True)
-class SftResult:
-    """What a run left: its folder, the adapter or model at its end and at its best, and the figures of
-    summary.json. `best` is None without validation rows."""
-
-    run: Path
-    final: Path
-    best: Path | None
-    summary: dict[str, Any]
 
 
 def sft(
@@ -38,38 +15,11 @@ def sft(
     overrides: list[str] | None = None,
     *,
     startup: Startup | None = None,
-) -> SftResult:
+) -> RunResult:
     """Tune a causal LM on conversations or text, by LoRA or in full.
 
     Takes a YAML file, a dict of the same shape or a Config, and `section.key=value` overrides. Goes on from
     the newest checkpoint where the run folder has one. Raises tunesmith.errors.*, Interrupted after a signal
     among them. With `startup`, which runs since the process began, the time of each stage up to the first
     step is printed and written to startup.json."""
-    is_profiled, startup = startup is not None, startup or Startup()
-    config = load_config(config, overrides or [])
-    progress = Progress()
-    with RunFolder(config) as run:
-        start = run.find_start(config, progress.say)
-        startup.mark("config")
-        tokenizer = load_tokenizer(config)
-        startup.mark("tokenizer")
-        before = cached_names(config)
-        data = load_data(config, tokenizer, progress.say)
-        run.check_inputs(inputs(config, tokenizer, data), start, progress.say)
-        startup.mark(data_stage(config, before))
-        model = build_model(config, tokenizer, progress.say)
-        startup.mark("model load, adapter, fuse")
-        card = partial(model_card, config, data, model)
-        objective = partial(next_token_loss, label_smoothing=config.train.label_smoothing)
-        session = Session(
-            config, run, tokenizer, data, model, progress, objective=objective, card=card, startup=startup
-        )
-        if is_profiled:
-            report = StartupReport(startup, progress.console, run.path / "startup.json")
-            session.trainer.add_callback(report)
-        session.begin(start)
-        session.measure_untouched(start)
-        session.train(start)
-        session.measure_tuned()
-        summary = finish_run(session)
-    return SftResult(run.path, run.final, run.best if run.best.is_dir() else None, summary)
+    return train(load_config(config, overrides or [], recipe="sft"), startup)

@@ -1,5 +1,5 @@
-"""Answers to validation rows, greedily, to see what training changed: exact matches and examples side by
-side."""
+"""What a model writes, to see what training changed: answers to validation rows, texts that it goes on
+with."""
 
 from __future__ import annotations
 
@@ -68,33 +68,48 @@ def _last_message(prompt_ids: NDArray[np.int32], tokenizer: Any, stop_ids: Seque
     return text.removeprefix("user").strip()
 
 
-@torch.no_grad()
 def answer(
     model: Any, tokenizer: Any, asked: Sequence[Question], *, max_new_tokens: int, stop_ids: Sequence[int]
 ) -> list[str]:
-    """The model's greedy answers, in order. Prompts are answered in groups of like length, padded on the
-    left."""
+    """The model's greedy answers, in order."""
+    prompts = [question.prompt_ids for question in asked]
+    given = continuations(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
+    return [text.strip() for text in given]
+
+
+@torch.no_grad()
+def continuations(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[NDArray[np.int32]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    temperature: float = 0.0,
+) -> list[str]:
+    """What the model writes after each prompt, in order: the likeliest tokens, or with a temperature drawn
+    ones. Prompts are continued in groups of like length, padded on the left."""
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    answers = [""] * len(asked)
-    order = sorted(range(len(asked)), key=lambda i: len(asked[i].prompt_ids))
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     try:
         for first in range(0, len(order), _ROWS_AT_ONCE):
             group = order[first : first + _ROWS_AT_ONCE]
-            width = max(len(asked[i].prompt_ids) for i in group)
+            width = max(len(prompts[i]) for i in group)
             input_ids = torch.full((len(group), width), tokenizer.pad_token_id, dtype=torch.long)
             attention_mask = torch.zeros_like(input_ids)
             for row, i in enumerate(group):
-                prompt = torch.from_numpy(asked[i].prompt_ids.astype(np.int64))
+                prompt = torch.from_numpy(prompts[i].astype(np.int64))
                 input_ids[row, width - len(prompt) :] = prompt
                 attention_mask[row, width - len(prompt) :] = 1
             output = model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
+                do_sample=temperature > 0,
+                temperature=temperature or None,
                 top_p=None,
                 top_k=None,
                 use_cache=True,
@@ -102,10 +117,10 @@ def answer(
                 pad_token_id=tokenizer.pad_token_id,
             )
             for row, i in enumerate(group):
-                answers[i] = tokenizer.decode(output[row, width:], skip_special_tokens=True).strip()
+                texts[i] = tokenizer.decode(output[row, width:], skip_special_tokens=True)
     finally:
         model.train(was_training)
-    return answers
+    return texts
 
 
 def stop_ids(rows: RowSet, tokenizer: Any, sample: int = 64) -> list[int]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from tunesmith.config import Config
+from tunesmith.config import Config, TrainConfig
 from tunesmith.errors import ConfigError, MissingExtraError
 from tunesmith.models.devices import default_device
 from tunesmith.packing.plan import StepPlan
+from tunesmith.training.strategy import strategy_arguments
 
 _OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
@@ -29,7 +30,7 @@ def num_steps(config: Config, plan: StepPlan) -> int:
     if config.train.max_steps is not None:
         return config.train.max_steps
     assert config.train.epochs is not None
-    return max(1, round(config.train.epochs * plan.steps_per_epoch))
+    return plan.steps.num_steps(config.train.epochs)
 
 
 def training_arguments(config: Config, plan: StepPlan, folder: Path, *, dtype: torch.dtype) -> Any:
@@ -54,11 +55,10 @@ def training_arguments(config: Config, plan: StepPlan, folder: Path, *, dtype: t
             raise MissingExtraError(f"train.optimizer={train.optimizer}", "bitsandbytes", "quant")
     steps = num_steps(config, plan)
     warmup_steps = int(train.warmup) if train.warmup >= 1 else round(train.warmup * steps)
-    extra: dict[str, Any] = {}
-    if train.schedule == "cosine_with_min_lr":
-        extra["lr_scheduler_kwargs"] = {"min_lr_rate": 0.1}
-    elif train.schedule == "warmup_stable_decay":
-        extra["lr_scheduler_kwargs"] = {"num_decay_steps": max(1, steps // 10)}
+    schedule, schedule_options = _schedule(train, steps, warmup_steps)
+    extra = strategy_arguments(config.distributed)
+    if schedule_options:
+        extra["lr_scheduler_kwargs"] = schedule_options
     extra |= train.trainer_args
     try:
         return TrainingArguments(
@@ -73,8 +73,7 @@ def training_arguments(config: Config, plan: StepPlan, folder: Path, *, dtype: t
             per_device_eval_batch_size=1,
             gradient_accumulation_steps=plan.passes,
             learning_rate=train.learning_rate,
-            # transformers' `constant` ignores the warm-up.
-            lr_scheduler_type="constant_with_warmup" if train.schedule == "constant" else train.schedule,
+            lr_scheduler_type=schedule,
             warmup_steps=warmup_steps,
             weight_decay=train.weight_decay,
             max_grad_norm=train.max_grad_norm,
@@ -92,3 +91,21 @@ def training_arguments(config: Config, plan: StepPlan, folder: Path, *, dtype: t
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(f"train: TrainingArguments refuses these settings: {error}") from error
+
+
+def _schedule(train: TrainConfig, steps: int, warmup_steps: int) -> tuple[str, dict[str, Any]]:
+    """transformers' name of the schedule, and its own settings."""
+    peak, floor = train.learning_rate, train.min_learning_rate
+    assert peak is not None  # the config writes out its default
+    if train.schedule == "constant":
+        return "constant_with_warmup", {}  # its `constant` ignores the warm-up
+    if train.schedule == "cosine_with_min_lr" or (train.schedule == "cosine" and floor is not None):
+        return "cosine_with_min_lr", {"min_lr_rate": 0.1 if floor is None else floor / peak}
+    if train.schedule == "linear" and floor is not None and warmup_steps < steps:
+        return "polynomial", {"lr_end": floor, "power": 1.0}
+    if train.schedule == "warmup_stable_decay":
+        decay = int(train.decay) if train.decay >= 1 else max(1, round(train.decay * steps))
+        # What does not fit beside the warm-up would be cut off at its end, above the floor.
+        options: dict[str, Any] = {"num_decay_steps": min(decay, max(1, steps - warmup_steps))}
+        return train.schedule, options | {"decay_type": "1-sqrt", "min_lr_ratio": (floor or 0.0) / peak}
+    return train.schedule, {}

@@ -19,6 +19,8 @@ from transformers import TrainerCallback
 
 from tunesmith.models.cost import Cost
 from tunesmith.models.devices import peak_memory_gib
+from tunesmith.packing.steps import StepRows
+from tunesmith.training.random_state import random_state, restore_random_state
 from tunesmith.training.run_folder import eval_losses
 
 Metrics = dict[str, Any]
@@ -32,23 +34,39 @@ class Schedule(TrainerCallback):
     def __init__(
         self,
         *,
-        steps_per_epoch: int,
+        steps: StepRows,
         log_every: int,
         evaluate_every: int | None,
         save_every: int | None,
         evaluates: bool,
     ) -> None:
-        self.steps_per_epoch = steps_per_epoch
+        self.steps = steps
         self.log_every = log_every
-        self.evaluate_every = evaluate_every or steps_per_epoch
-        self.save_every = save_every or steps_per_epoch
+        self.evaluate_every = evaluate_every
+        self.save_every = save_every
         self.evaluates = evaluates
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step, is_last = state.global_step, state.global_step >= state.max_steps
+        state.epoch = self.steps.epochs(step)  # transformers' does not know of a batch size that warms up
         control.should_log = step % self.log_every == 0 or is_last
-        control.should_evaluate = self.evaluates and (step % self.evaluate_every == 0 or is_last)
-        control.should_save = step % self.save_every == 0 or is_last
+        control.should_evaluate = self.evaluates and (self._is_due(step, self.evaluate_every) or is_last)
+        control.should_save = self._is_due(step, self.save_every) or is_last
+
+    def _is_due(self, step: int, every: int | None) -> bool:
+        return self.steps.ends_epoch(step) if every is None else step % every == 0
+
+
+class BeforeFirstStep(TrainerCallback):
+    """Calls something once, when the engine has the model and no step has been made."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call: Callable[[], None] | None = call
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call()
 
 
 class StopOnSignal(TrainerCallback):
@@ -189,6 +207,41 @@ class MetricsFile(TrainerCallback):
             "peak_memory_gib": peak_memory_gib(),
             "step_s": seconds,
         }
+
+
+class Samples(TrainerCallback):
+    """Has the model go on with each prompt after an evaluation, and writes samples.jsonl, a line each.
+    `write` gives the texts at a step; what it draws from the random generators, they do not lose."""
+
+    def __init__(
+        self,
+        file: Path,
+        prompts: list[str],
+        write: Callable[[int], list[str]],
+        say: Callable[[str], None],
+    ) -> None:
+        self.file = file
+        self._prompts = prompts
+        self._write = write
+        self._say = say
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        before = random_state()
+        try:
+            texts = self._write(state.global_step)
+        finally:
+            restore_random_state(before)
+        if not state.is_world_process_zero:
+            return
+        lines = [
+            {"step": state.global_step, "prompt": prompt, "text": text}
+            for prompt, text in zip(self._prompts, texts, strict=True)
+        ]
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        for line in lines:
+            shown = " ".join(f"{line['prompt']}[{line['text']}]".split())
+            self._say(f"step {line['step']}  {shown if len(shown) <= 200 else shown[:197] + '...'}")
 
 
 class KeepBest(TrainerCallback):

@@ -17,24 +17,25 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import CheckpointError
-from tunesmith.models.save import WEIGHTS
+from tunesmith.models.save import WEIGHTS, split_name
 from tunesmith.training import durable_files
 from tunesmith.training.manifest import MANIFEST, find_damage, read_manifest, write_manifest
 from tunesmith.training.state_files import Files
 
+# Weights and optimiser may be split, as model-00001-of-00002.safetensors, where several ranks share them.
 OPTIMIZER = "optimizer.safetensors"
 SCHEDULER = "scheduler.safetensors"
 SCALER = "scaler.safetensors"
 TRAINER_STATE = "trainer_state.json"
 PROGRESS = "progress.json"
 # Without any one of these a run would go on with a fresh optimiser, schedule or dropout, and end elsewhere.
-_REQUIRED = (OPTIMIZER, SCHEDULER, TRAINER_STATE, PROGRESS)
+_REQUIRED = (SCHEDULER, TRAINER_STATE, PROGRESS)  # and the optimiser, and random states
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -64,13 +65,29 @@ class Checkpoint:
         facts = self.facts()
         if facts.get("step") != self.step:
             return f"it is of step {facts.get('step')}, not {self.step}"
-        needed = [*_REQUIRED, *map(random_state_file, range(facts.get("ranks", 1)))]
-        for name in needed:
+        ranks, shards = facts.get("ranks", 1), facts.get("shards", 1)
+        for name in (
+            *_REQUIRED,
+            *(split_name(OPTIMIZER, part, shards) for part in range(shards)),
+            *map(random_state_file, range(ranks)),
+        ):
             if name not in facts["files"]:
                 return f"it was saved without {name}"
-        if not any(name in facts["files"] for name in WEIGHTS):
-            return "it was saved without weights"
-        return None
+        for name in WEIGHTS:
+            for number in {1, shards}:
+                if all(split_name(name, part, number) in facts["files"] for part in range(number)):
+                    return None
+        return "it was saved without weights"
+
+
+def write_files(folder: Path, files: Files) -> dict[str, tuple[int, str]]:
+    """Write files and force them to disk; returns size and SHA-256 of each."""
+    return {
+        name: durable_files.write(
+            folder / name, [content] if isinstance(content, bytes) else content.chunks()
+        )
+        for name, content in files.items()
+    }
 
 
 class Checkpoints:
@@ -80,26 +97,41 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def write(self, step: int, files: Files, facts: Mapping[str, Any], *, best: int | None) -> Checkpoint:
-        """Save a step; when what was written has been read back, delete what `keep` does not cover, but for
-        the step `best`.
+    def begin(self, step: int, num_bytes: int = 0) -> Path:
+        """An empty folder to write a step into, as many ranks as have a share of it.
 
-        Raises OSError if it cannot be written whole. The checkpoints before it are then as they were."""
+        Raises OSError if there is not so much room."""
         if not self.folder.exists():
             durable_files.make_folder(self.folder)
             durable_files.sync(self.folder.parent)
-        durable_files.refuse_full_disk(self.folder, sum(map(len, files.values())))
-        final = self.folder_of(step)
-        building = durable_files.temporary(final)
+        durable_files.refuse_full_disk(self.folder, num_bytes)
+        building = durable_files.temporary(self.folder_of(step))
         durable_files.remove(building)
         durable_files.make_folder(building)
+        return building
+
+    def write(
+        self,
+        step: int,
+        files: Files,
+        facts: Mapping[str, Any],
+        *,
+        best: int | None,
+        others: Callable[[Path], dict[str, tuple[int, str]]] | None = None,
+    ) -> Checkpoint:
+        """Save a step; when what was written has been read back, delete what `keep` does not cover, but for
+        the step `best`. `others` waits for what other ranks write into the folder that `begin` made, and says
+        what it is.
+
+        Raises OSError if it cannot be written whole. The checkpoints before it are then as they were."""
+        final = self.folder_of(step)
+        building = durable_files.temporary(final)
+        if others is None:
+            self.begin(step, sum(map(len, files.values())))
         try:
-            written = {
-                name: durable_files.write(
-                    building / name, [content] if isinstance(content, bytes) else content.chunks()
-                )
-                for name, content in files.items()
-            }
+            written = write_files(building, files)
+            if others is not None:
+                written |= others(building)
             write_manifest(building, {"step": step, **facts}, written)
             if (problem := find_damage(building)) is not None:
                 raise OSError(errno.EIO, f"what was written does not read back: {problem}", str(building))

@@ -18,7 +18,7 @@ _SMALL = 4096  # numbers up to which bitsandbytes keeps a tensor's state in 32 b
 
 def weights_bytes(model: Any) -> int:
     """The weights of a checkpoint, which are also those of best/ and final/, or half as large there."""
-    return sum(len(weights_file(tensors)) for tensors in checkpoint_weights(model)[0].values())
+    return len(weights_file(checkpoint_weights(model)[1]))
 
 
 def checkpoint_bytes(model: Any, optimizer: str) -> int:

@@ -81,7 +81,7 @@ def inputs(config: Config, tokenizer: Any, data: Data) -> dict[str, str]:
     files. Of files that are streamed, names and sizes only, since they are never read as a whole; of a hub
     data set none."""
     found = {
-        "model": weights_fingerprint(config),
+        "model": weights_fingerprint(config, tokenizer),
         "tokenizer": _sha256(tokenizer.backend_tokenizer.to_str()),
         "chat_template": _sha256(tokenizer.chat_template or ""),
     }

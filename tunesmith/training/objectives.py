@@ -11,15 +11,22 @@ from tunesmith.losses.cross_entropy import weighted_cross_entropy
 from tunesmith.models.fuse import loss_head
 
 
-def next_token_loss(model: Any, pack: dict[str, Any], *, label_smoothing: float = 0.0) -> Tensor:
+def next_token_loss(
+    model: Any, pack: dict[str, Any], *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Tensor:
     """Sum over the pack's predictions of weight * negative log-likelihood, in nats (a scalar, float32); in
-    training smoothed as asked."""
-    return prediction_losses(model, pack, label_smoothing=label_smoothing if model.training else 0.0).sum()
+    training smoothed, and with the z-loss, as asked."""
+    if not model.training:
+        label_smoothing = z_loss = 0.0
+    return prediction_losses(model, pack, label_smoothing=label_smoothing, z_loss=z_loss).sum()
 
 
-def prediction_losses(model: Any, pack: dict[str, Any], *, label_smoothing: float = 0.0) -> Tensor:
+def prediction_losses(
+    model: Any, pack: dict[str, Any], *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> Tensor:
     """weight * negative log-likelihood of each of the pack's predictions, in nats: [P] float32. With label
-    smoothing e, that of a target distribution of 1 - e at the target and e spread over the vocabulary.
+    smoothing e, that of a target distribution of 1 - e at the target and e spread over the vocabulary; with a
+    z-loss c, c * log(Z)^2 more.
 
     Logits are made at predictions only, never at every position. An empty pack makes one that counts nothing,
     so that every rank's graph has the same parameters."""
@@ -37,6 +44,6 @@ def prediction_losses(model: Any, pack: dict[str, Any], *, label_smoothing: floa
         inputs["layout"] = pack["layout"]
     head = loss_head(model)
     if head is not None:
-        return head(model, targets, weights, label_smoothing=label_smoothing, **inputs)
+        return head(model, targets, weights, label_smoothing=label_smoothing, z_loss=z_loss, **inputs)
     logits = model(**inputs).logits[0]
-    return weighted_cross_entropy(logits, targets, weights, label_smoothing=label_smoothing)
+    return weighted_cross_entropy(logits, targets, weights, label_smoothing=label_smoothing, z_loss=z_loss)

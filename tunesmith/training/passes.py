@@ -14,7 +14,8 @@ import torch
 
 from tunesmith.config import Config
 from tunesmith.data.loading import RowSet
-from tunesmith.data.rows import CachedRows
+from tunesmith.data.rows import CachedRows, StreamedRows
+from tunesmith.errors import ConfigError
 from tunesmith.models.cost import activation_bytes, optimizer_bytes
 from tunesmith.models.devices import default_device, free_memory_bytes
 from tunesmith.models.packable import Packing, possible_packing
@@ -48,10 +49,18 @@ def plan_passes(
     """Decide for a run. `before`: the size of passes that this run had until it was stopped; it is kept,
     since another would round differently."""
     packing = _packing(config, model, say)
+    is_streamed_block = rows.block_size is not None and isinstance(rows.rows, StreamedRows)
+    if packing == "none" and is_streamed_block and config.data.packing == "flat":
+        raise ConfigError(
+            "data.loading is streaming, where a block holds several documents, and this model needs a pass "
+            "for each. Set data.loading to cached, or data.packing to concatenate."
+        )
     sharing = None
     # Lazy and streamed rows have no tokens yet: packs of them share what happens to lie in one pass.
     if packing == "tree" and isinstance(rows.rows, CachedRows):
         sharing = Sharing.of_tokens(*rows.rows.token_chunks())
+
+    warmup = config.train.batch_size_warmup
 
     @functools.cache  # the size that is chosen has been planned to choose it
     def plan_of(size: int) -> StepPlan:
@@ -68,6 +77,7 @@ def plan_passes(
             one_example_a_pass=packing == "none",
             shuffle=config.data.loading != "streaming",
             sharing=sharing,
+            batch_size_warmup=(warmup.start, warmup.steps) if warmup else None,
         )
 
     need = Need(model, dtype)
@@ -131,7 +141,7 @@ def _computed_tokens(plan: StepPlan) -> int:
 
 def _packing(config: Config, model: Any, say: Say) -> Packing:
     """What the config asks for, or as much of it as the model can do: the result of training is the same."""
-    wanted = config.data.packing
+    wanted = config.data.pass_packing
     if wanted == "none":
         return wanted
     possible = possible_packing(model)

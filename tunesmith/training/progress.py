@@ -48,7 +48,7 @@ class ProgressLine(TrainerCallback):
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live: Live | None = None
-        self._eval_loss: float | None = None
+        self._eval: dict[str, Any] = {}  # the last evaluation's line
         self._started_at = self._printed_at = 0.0
         self._first_step = self._max_steps = 0
 
@@ -67,12 +67,11 @@ class ProgressLine(TrainerCallback):
 
     def show(self, line: dict[str, Any]) -> None:
         """Take in one line of metrics.jsonl."""
-        self._eval_loss = line.get("eval_loss", self._eval_loss)
+        self._eval = line if "eval_loss" in line else self._eval
         if "loss" not in line:
             if line["step"]:
-                self._console.print(
-                    f"step {line['step']}  eval loss {line['eval_loss']:.4f}", highlight=False, soft_wrap=True
-                )
+                shown = f"step {line['step']}  eval loss {line['eval_loss']:.4f}" + _of_texts(line)
+                self._console.print(shown, highlight=False, soft_wrap=True)
             return
         text = self._text(line)
         if self._live is not None:
@@ -92,14 +91,21 @@ class ProgressLine(TrainerCallback):
             f"epoch {line['epoch']:.2f}",
             f"loss {line['loss']:.4f}",
         ]
-        if self._eval_loss is not None:
-            parts.append(f"eval {self._eval_loss:.4f}")
+        if self._eval:
+            parts.append(f"eval {self._eval['eval_loss']:.4f}" + _of_texts(self._eval))
         parts += [
             f"{line['tokens_per_s']:,.0f} tokens/s",
             f"{_clock(left)} left",
             f"{line['peak_memory_gib']:.1f} GiB",
         ]
         return "  ".join(parts)
+
+
+def _of_texts(line: dict[str, Any]) -> str:
+    """Perplexity and bits per byte, if an evaluation has them."""
+    if "eval_perplexity" not in line:
+        return ""
+    return f"  perplexity {line['eval_perplexity']:.4g}  {line['eval_bits_per_byte']:.4f} bits/byte"
 
 
 def _clock(seconds: float) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunesmith.config import Config, dump_config
 from tunesmith.data.loading import Data
 from tunesmith.errors import CheckpointError, ConfigError
@@ -27,6 +29,7 @@ FREE_TO_CHANGE = (
     "run.resume_anyway",
     "run.output_dir",
     "checkpoint",
+    "distributed",
     "tracking",
     "eval",
     "train.epochs",
@@ -50,6 +53,7 @@ class RunFolder:
     def __init__(self, config: Config) -> None:
         self.path = run_path(config)
         self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
         self.bad_steps = self.path / "bad_step.json"
         self.best = self.path / "best"
         self.final = self.path / "final"
@@ -101,6 +105,7 @@ class RunFolder:
             self._lock.acquire()
             durable_files.clean(self.path)
             self.checkpoints.clean()
+        _wait_for_all_ranks()  # one that looks sooner may miss a checkpoint that `clean` brings back
         if isinstance(resume, int):
             start: Checkpoint | None = self.checkpoints.at(resume)
         else:
@@ -135,8 +140,9 @@ class RunFolder:
         self.cut_metrics(start.step if start else -1)
 
     def cut_metrics(self, step: int) -> None:
-        """Drop lines of steps that will be trained again."""
-        _keep_lines_until(self.metrics, step)
+        """Drop lines of steps that will be trained again, from metrics and samples."""
+        for file in (self.metrics, self.samples):
+            _keep_lines_until(file, step)
 
     def _holds_something(self) -> bool:
         own = {self._lock.file.name, durable_files.temporary(self._lock.file).name, LOGS}
@@ -248,6 +254,13 @@ def _is_line_until(line: bytes, step: int) -> bool:
         return line.endswith(b"\n") and bool(json.loads(line)["step"] <= step)
     except ValueError:
         return False
+
+
+def _wait_for_all_ranks() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun sets it
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.errors import CheckpointError
-from tunesmith.training import durable_files
+from tunesmith.training import durable_files, shared_save
 from tunesmith.training.checkpoints import Checkpoints
 from tunesmith.training.state_files import Files
 
@@ -40,11 +41,38 @@ class Saver:
         self._writer: threading.Thread | None = None
         self._failed: tuple[int, BaseException] | None = None
 
-    def save(self, step: int, files: Files, facts: Mapping[str, Any], *, best: int | None) -> None:
-        """Write a checkpoint, or begin to. `best` is the step of the lowest eval loss so far."""
+    def begin(self, step: int) -> None:
+        """Make the folder that several ranks will write a step into."""
         self.finish()
+        try:
+            self.checkpoints.begin(step)
+        except OSError as error:  # met again, and told, when this rank writes
+            self._say(f"warning: {error}")
+
+    def save(
+        self,
+        step: int,
+        files: Files,
+        facts: Mapping[str, Any],
+        *,
+        best: int | None,
+        shares: shared_save.Shares | None = None,
+    ) -> None:
+        """Write a checkpoint, or begin to. `best` is the step of the lowest eval loss so far; `shares` are
+        what other ranks write of it."""
+        self.finish()
+        self._write(partial(self._save, step, facts=facts, best=best, shares=shares), step, files)
+
+    def save_share(self, step: int, files: Files, rank: int) -> None:
+        """Write what this rank has of a checkpoint that the first one completes."""
+        self.finish()
+        folder = durable_files.temporary(self.checkpoints.folder_of(step))
+        self._write(partial(shared_save.write_share, folder, rank), step, files)
+
+    def _write(self, write: Callable[[Files], None], step: int, files: Files) -> None:
+        """Now, or in a thread of its own."""
         if not self._asynchronous:
-            self._write(step, files, facts, best)
+            self._try(write, step, files)
             self._tell()
             return
         copied: Files = {
@@ -53,7 +81,7 @@ class Saver:
         }
         # A daemon: a second signal leaves at once, and what is half written is no checkpoint.
         self._writer = threading.Thread(
-            target=self._write, args=(step, copied, facts, best), name=f"save-step-{step}", daemon=True
+            target=self._try, args=(write, step, copied), name=f"save-step-{step}", daemon=True
         )
         self._writer.start()
 
@@ -78,12 +106,24 @@ class Saver:
             raise CheckpointError(f"{message}. checkpoint.on_save_error=warn would have gone on.")
         self._say(f"warning: {message}. Going on to the next save (checkpoint.on_save_error is warn).")
 
-    def _write(self, step: int, files: Files, facts: Mapping[str, Any], best: int | None) -> None:
+    def _save(
+        self,
+        step: int,
+        files: Files,
+        *,
+        facts: Mapping[str, Any],
+        best: int | None,
+        shares: shared_save.Shares | None,
+    ) -> None:
+        if self._lines.exists():
+            durable_files.sync(self._lines)
+        others = None if shares is None else shares.collect
+        self.checkpoints.write(step, files, facts, best=best, others=others)
+        self.last_step = step
+
+    def _try(self, write: Callable[[Files], None], step: int, files: Files) -> None:
         try:
-            if self._lines.exists():
-                durable_files.sync(self._lines)
-            self.checkpoints.write(step, files, facts, best=best)
-            self.last_step = step
+            write(files)
         except Exception as error:  # met in the thread of training, by `_tell`
             self._failed = step, error
 

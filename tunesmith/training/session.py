@@ -8,21 +8,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from tunesmith.config import Config
+from tunesmith.data.encoding import Encoder
 from tunesmith.data.loading import Data
+from tunesmith.data.prepare import text_frame
+from tunesmith.data.token_bytes import token_bytes
 from tunesmith.errors import CheckpointError, Interrupted
 from tunesmith.models.adapt import count_parameters
-from tunesmith.models.cost import enable_gradient_checkpointing, training_cost
+from tunesmith.models.cost import enable_gradient_checkpointing, size_lines, training_cost
 from tunesmith.models.devices import compute_dtype, matmul_flops_per_second
-from tunesmith.models.save import write_artifact
+from tunesmith.models.save import artifact_weights, write_artifact
 from tunesmith.packing.collate import collate_flat, collate_tree
 from tunesmith.training import durable_files
-from tunesmith.training.answers import Question, answer, questions, stop_ids
+from tunesmith.training.answers import Question, answer, continuations, questions, stop_ids
 from tunesmith.training.arguments import training_arguments
 from tunesmith.training.bad_step import RollBack, StepGuard
-from tunesmith.training.callbacks import KeepBest, MetricsFile, Schedule, StopOnSignal
+from tunesmith.training.callbacks import (
+    BeforeFirstStep,
+    KeepBest,
+    MetricsFile,
+    Samples,
+    Schedule,
+    StopOnSignal,
+)
 from tunesmith.training.checkpoints import Checkpoint
 from tunesmith.training.disk import checkpoint_bytes, refuse_small_disk, weights_bytes
 from tunesmith.training.environment import versions
@@ -91,6 +103,7 @@ class Session:
             train_rows=data.train,
             valid_rows=data.valid,
             valid_batch_tokens=config.eval.batch_tokens or 0,
+            token_bytes=token_bytes(tokenizer) if config.run.recipe == "pretrain" else None,
             saver=saver,
             guard=guard,
             facts={
@@ -99,9 +112,13 @@ class Session:
                 "versions": versions(),
             },
             lora_plus_ratio=config.adapter.lora_plus_ratio,
+            strategy=config.distributed.strategy,
             callbacks=[self._line],
         )
+        self.data.drawn = self._drawn()
         self.trainer.remove_callback(PrinterCallback)  # ours draws the progress
+        if self.trainer.strategy.is_shared_out:
+            self.trainer.add_callback(BeforeFirstStep(self._tell_shares))
         for callback in self._callbacks(model):
             self.trainer.add_callback(callback)
         self._tell(model, f"gradient checkpointing {'on' if passes.recomputes else 'off'}: {passes.why}")
@@ -123,12 +140,18 @@ class Session:
         """Evaluate and question the model as it came. A run that goes on has done so already."""
         if start is not None:
             return
+        if self.trainer.strategy.is_shared_out:  # a device may not be able to hold the model before
+            self.trainer.add_callback(BeforeFirstStep(self._measure_untouched))
+        else:
+            self._measure_untouched()
+
+    def _measure_untouched(self) -> None:
         self._startup.mark("trainer set-up")
         if self.data.valid is not None:
             self.trainer.evaluate()
             self._startup.mark("evaluation before training")
-        if self.asked and self.is_main:
-            self._write_answers("before", self.answers())
+        if self.asked:
+            self._ask("before")
             self._startup.mark("answers before training")
 
     def train(self, start: Checkpoint | None) -> None:
@@ -184,24 +207,28 @@ class Session:
 
     def measure_tuned(self) -> None:
         """Question the tuned model."""
-        if self.asked and self.is_main:
-            self._write_answers("after", self.answers())
+        if self.asked:
+            self._ask("after")
 
     def save(self, folder: Path, metrics: dict[str, Any]) -> None:
-        """Write the model or adapter as it is now, such that the folder is whole whenever it is there. Raises
-        OSError if it cannot be; the one that is there is then as it was."""
+        """Write the model or adapter as it is now, such that the folder is whole whenever it is there; every
+        rank takes part. Raises OSError if it cannot be; the one that is there is then as it was."""
+        strategy, step = self.trainer.strategy, self.trainer.state.global_step
+        if not self.is_main and not strategy.is_shared_out:
+            return
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        weights = artifact_weights(model, self.dtype, strategy.whole, keeps=self.is_main)
         if not self.is_main:
             return
-        step = self.trainer.state.global_step
         building = durable_files.temporary(folder)
         durable_files.remove(building)
         durable_files.make_folder(building)
         try:
             write_artifact(
                 building,
-                self.trainer.accelerator.unwrap_model(self.trainer.model),
+                model,
+                weights,
                 self.tokenizer,
-                dtype=self.dtype,
                 stop_ids=self.stop_ids,
                 readme=self._card(step, metrics),
             )
@@ -227,6 +254,13 @@ class Session:
         file = self.run.path / "answers.json"
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
+    def _ask(self, when: str) -> None:
+        """The same questions of every rank where a model is shared out: all of them compute each token."""
+        if self.is_main or self.trainer.strategy.is_shared_out:
+            given = self.answers()
+            if self.is_main:
+                self._write_answers(when, given)
+
     def _write_answers(self, when: str, given: list[str]) -> None:
         content = self.read_answers() | {
             "rows": [{"place": q.place, "asked": q.asked, "expected": q.expected} for q in self.asked],
@@ -234,11 +268,22 @@ class Session:
         }
         write_json(self.run.path / "answers.json", content)
 
+    def _tell_shares(self) -> None:
+        """What a rank holds of the model, counted where it is held: an engine that was asked to share it out
+        and did not would change nothing but the memory it takes."""
+        parameters = list(self.trainer.model.parameters())
+        held = sum(map(self.trainer.strategy.num_held, parameters))
+        total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+        self.progress.say(
+            f"{self.config.distributed.strategy} over {self.trainer.args.world_size} processes: this one "
+            f"holds {held:,} of {total:,} weights between passes"
+        )
+
     def _callbacks(self, model: Any) -> list[TrainerCallback]:
         """What happens between steps, in this order: when to log, evaluate and save comes first."""
         config, arguments = self.config, self.trainer.args
         schedule = Schedule(
-            steps_per_epoch=self.plan.steps_per_epoch,
+            steps=self.plan.steps,
             log_every=config.train.log_every_steps,
             evaluate_every=config.eval.every_steps,
             save_every=config.checkpoint.every_steps,
@@ -258,7 +303,51 @@ class Session:
         metrics.listeners.append(self._line.show)
         self._best = KeepBest(self._save_best, config.eval.early_stopping_patience, self.progress.say)
         followers = trackers(config, self.run.path, self.progress.say) if self.is_main else []
-        return [schedule, metrics, self._best, self._signals, *followers]
+        writes = self.is_main or self.trainer.strategy.is_shared_out  # then all of them compute each token
+        samples = [self._samples()] if config.eval.prompts and writes else []
+        return [schedule, metrics, *samples, self._best, self._signals, *followers]
+
+    def _samples(self) -> Samples:
+        """What the model goes on with at each evaluation."""
+        config, encoder, bos = self.config, Encoder(self.tokenizer), text_frame(self.tokenizer)[0]
+        prompts = [
+            np.concatenate([bos, ids]).astype(np.int32)
+            for ids in encoder.encode_ids([encoder.plain(text) for text in config.eval.prompts])
+        ]
+
+        def write(step: int) -> list[str]:
+            torch.manual_seed(config.run.seed + step)
+            with self.trainer.autocast():
+                return continuations(
+                    self.trainer.model,
+                    self.tokenizer,
+                    prompts,
+                    max_new_tokens=config.eval.max_new_tokens,
+                    stop_ids=self.stop_ids,
+                    temperature=config.eval.temperature,
+                )
+
+        return Samples(self.run.samples, config.eval.prompts, write, self.progress.say)
+
+    def _drawn(self) -> list[dict[str, Any]] | None:
+        """What the run draws of each source; None for a stream, whose sources have no size."""
+        if self.config.data.loading == "streaming":
+            return None
+        drawn = self.plan.drawn(int(self.trainer.args.max_steps))
+        all_tokens = max(1, sum(tokens for _, tokens in drawn))
+        return [
+            {
+                "path": report.path,
+                "weight": weight,
+                "rows": rows,
+                "epochs": rows / max(1, end - start),
+                "tokens": tokens,
+                "share": tokens / all_tokens,
+            }
+            for report, (start, end, weight), (rows, tokens) in zip(
+                self.data.train.reports, self.data.train.bounds, drawn, strict=True
+            )
+        ]
 
     def _questions(self) -> list[Question]:
         if self.data.valid is None or not self.config.eval.answer_rows:
@@ -290,14 +379,28 @@ class Session:
         trained, total = count_parameters(model)
         train, valid, say = self.data.train, self.data.valid, self.progress.say
         say(f"trained parameters: {trained:,} of {total:,} ({100 * trained / total:.2f} %)")
+        if self.config.model.is_from_scratch:
+            is_known = self.config.data.loading == "cached"
+            for line in size_lines(
+                model, self.plan.tokens_of(self.trainer.args.max_steps), is_known=is_known
+            ):
+                say(line)
         for report in train.reports:
             for line in report.lines():
                 say(line)
         passes = "one pass" if self.plan.passes == 1 else f"{self.plan.passes} passes"
+        unit = "rows" if train.block_size is None else "blocks"
+        if train.fill is not None:
+            say(f"{train.num_rows:,} blocks of {train.block_size:,} tokens, {100 * train.fill:.1f} % full")
         say(
-            f"{train.num_rows:,} training rows, {valid.num_rows if valid else 0:,} validation rows; "
-            f"{self.trainer.args.max_steps:,} steps of {self.config.train.batch_size} rows in {passes}"
+            f"{train.num_rows:,} training {unit}, {valid.num_rows if valid else 0:,} validation rows; "
+            f"{self.trainer.args.max_steps:,} steps of {self.config.train.batch_size} {unit} in {passes}"
         )
+        for source in (self.data.drawn or []) if len(train.reports) > 1 else []:
+            say(
+                f"{source['path']}: weight {source['weight']:g}, drawn {source['rows']:,} {unit} "
+                f"({source['epochs']:.2f} epochs), {100 * source['share']:.1f} % of all tokens"
+            )
         if self.data.overlap:
             say(
                 f"warning: {self.data.overlap} validation examples stand in the training set too, "

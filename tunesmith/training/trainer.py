@@ -18,20 +18,29 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, set_seed
 from transformers.integrations import deactivate_neftune
 
 from tunesmith.data.loading import RowSet
 from tunesmith.data.report import SourceReport
-from tunesmith.data.rows import CachedRows, StreamedRows
+from tunesmith.data.rows import CachedRows, JoinedRows, StreamedRows
 from tunesmith.errors import CheckpointError
-from tunesmith.models.save import checkpoint_weights, load_checkpoint_weights
+from tunesmith.models.save import (
+    WHOLE_MODEL,
+    checkpoint_weights,
+    load_checkpoint_weights,
+    split_files,
+    split_index,
+    split_name,
+)
 from tunesmith.packing.loader import PlanSampler, plan_loader
 from tunesmith.packing.plan import StepPlan, fill_passes
 from tunesmith.training.bad_step import RollBack, StepGuard
@@ -46,7 +55,9 @@ from tunesmith.training.checkpoints import (
 )
 from tunesmith.training.random_state import random_state, restore_random_state
 from tunesmith.training.saving import Saver
+from tunesmith.training.shared_save import Shares
 from tunesmith.training.state_files import Files, read_state, state_file, weights_file
+from tunesmith.training.strategy import Fsdp, Strategy, Whole, Zero, fsdp_on_cpu, keep_layers_whole
 
 Pack = dict[str, Any]
 # (model, pack) -> sum over the pack's targets of weight * loss, a float32 scalar.
@@ -69,7 +80,8 @@ class StepCounts:
 class PackTrainer(Trainer):
     """Trains `model` on `train_rows` in the order of `plan`, to lower `objective`; evaluates on `valid_rows`
     if there are any. `collate` makes a pack of rows; `decode` turns token ids into text, for the report of a
-    bad step. `facts` are written into the manifest of each checkpoint."""
+    bad step. `token_bytes` [V], where texts are evaluated, are the bytes a token stands for. `facts` are
+    written into the manifest of each checkpoint."""
 
     optimizer: Any  # transformers declares these without a type
     lr_scheduler: Any
@@ -86,10 +98,12 @@ class PackTrainer(Trainer):
         train_rows: RowSet,
         valid_rows: RowSet | None,
         valid_batch_tokens: int,
+        token_bytes: NDArray[np.int64] | None,
         saver: Saver,
         guard: StepGuard,
         facts: Mapping[str, Any],
         lora_plus_ratio: float = 1.0,
+        strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp",
         callbacks: Sequence[Any] = (),
     ) -> None:
         self.objective = objective
@@ -99,16 +113,26 @@ class PackTrainer(Trainer):
         self.train_rows = train_rows
         self.valid_rows = valid_rows
         self.valid_batch_tokens = valid_batch_tokens
+        self.token_bytes = None if token_bytes is None else torch.from_numpy(token_bytes)
         self.saver = saver
         self.guard = guard
         self.facts = facts
         self.lora_plus_ratio = lora_plus_ratio
+        ranks = args.world_size
+        self.strategy: Strategy = (
+            Whole()
+            if strategy == "ddp"
+            else Fsdp(ranks)
+            if strategy == "fsdp"
+            else Zero(3 if strategy == "zero3" else 2, ranks, self._groups)
+        )
         self.step_counts = StepCounts()
         # What became of each row when it was fetched; the account of lazy and streamed rows.
         self.rows_report = SourceReport(
             ", ".join(report.path for report in train_rows.reports),
             ", ".join(dict.fromkeys(report.format for report in train_rows.reports)),
         )
+        self._optimizer_groups: list[list[Tensor]] = []
         self._sampler: PlanSampler | None = None
         self._resume_step = 0
         self._step_packs: list[Pack] = []
@@ -130,6 +154,10 @@ class PackTrainer(Trainer):
     def is_done(self) -> bool:
         """Whether the last step of the run has been trained."""
         return bool(self.state.global_step >= self.state.max_steps)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        with fsdp_on_cpu():
+            super().create_accelerator_and_postprocess()
 
     # --- data
 
@@ -154,6 +182,8 @@ class PackTrainer(Trainer):
             self.state.max_steps = checkpoint.step
             return None
         self._resume_step = checkpoint.step if checkpoint else 0
+        if checkpoint is None and self.args.process_index:
+            self._seed_this_rank()  # all built the model from one seed, and would drop out the same
         if self.optimizer is not None:
             self.optimizer = self.lr_scheduler = None  # made anew, and filled from the checkpoint
             if self.neftune_noise_alpha is not None:
@@ -187,7 +217,8 @@ class PackTrainer(Trainer):
         self.step_counts = StepCounts(rows, tokens, targets, computed, started_at)
         self._step_packs, self._step_losses = packs, []
         self._loss_before = self._tr_loss.clone()
-        if not isinstance(self.train_rows.rows, CachedRows):  # those were counted when they were prepared
+        # Rows on disk were counted when they were prepared.
+        if not isinstance(self.train_rows.rows, CachedRows | JoinedRows):
             for row in (row for pack in packs for row in pack["rows"]):
                 self.rows_report.add(row)
                 self._stream = row.stream or self._stream
@@ -213,13 +244,18 @@ class PackTrainer(Trainer):
     # --- optimiser
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Decay on matrices only; LoRA's B matrices at `lora_plus_ratio` times the learning rate."""
+        """Decay on matrices only, and not on tables of embeddings; LoRA's B matrices at `lora_plus_ratio`
+        times the learning rate."""
         if self.optimizer is None:
+            model = model or self.model
+            tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
             groups: dict[tuple[bool, bool], list[Any]] = {}
-            for name, parameter in (model or self.model).named_parameters():
+            for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    key = (parameter.ndim >= 2, "lora_B" in name)
+                    is_table = id(parameter) in tables or "trainable_tokens" in name
+                    key = (parameter.ndim >= 2 and not is_table, "lora_B" in name)
                     groups.setdefault(key, []).append(parameter)
+            self._optimizer_groups = list(groups.values())
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             learning_rate = kwargs["lr"]
             self.optimizer = optimizer_class(
@@ -234,6 +270,10 @@ class PackTrainer(Trainer):
                 **kwargs,
             )
         return self.optimizer
+
+    def _groups(self) -> list[list[Tensor]]:
+        """The parameters of each group of the optimiser; of one that a DeepSpeed config names, all in one."""
+        return self._optimizer_groups or [[p for p in self.model.parameters() if p.requires_grad]]
 
     # --- bad numbers
 
@@ -285,30 +325,39 @@ class PackTrainer(Trainer):
     def _rows_of_step(self) -> list[dict[str, Any]]:
         """This rank's examples of the step, each with its own mean loss, without dropout: a run alone."""
         self.model.eval()
+        examples = [
+            (number, row, example)
+            for number, pack in enumerate(self._step_packs)
+            for row in pack["rows"]
+            for example in row.examples
+        ]
         found = []
-        for number, pack in enumerate(self._step_packs):
-            for row in pack["rows"]:
-                for example in row.examples:
-                    alone = self._prepare_inputs(
-                        self.collate([dataclasses.replace(row, examples=(example,))])
-                    )
-                    with self.autocast():
-                        loss = float(self.objective(self.model, alone) / alone["weights"].sum())
-                    weights = example.token_weights()
-                    found.append(
-                        {
-                            "row": row.place,
-                            "pass": number,
-                            "rank": self.args.process_index,
-                            "loss": loss if math.isfinite(loss) else str(loss),
-                            "text": self.decode(example.input_ids),
-                            "input_ids": example.input_ids.tolist(),
-                            "targets": (weights > 0).astype(int).tolist(),
-                            "weights": weights.tolist(),
-                        }
-                    )
+        for number, row, example in examples:
+            loss = self._loss_of([dataclasses.replace(row, examples=(example,))])
+            weights = example.token_weights()
+            found.append(
+                {
+                    "row": row.place,
+                    "pass": number,
+                    "rank": self.args.process_index,
+                    "loss": loss if math.isfinite(loss) else str(loss),
+                    "text": self.decode(example.input_ids),
+                    "input_ids": example.input_ids.tolist(),
+                    "targets": (weights > 0).astype(int).tolist(),
+                    "weights": weights.tolist(),
+                }
+            )
+        if self.strategy.is_shared_out:  # the others may have more, and compute them with this rank's part
+            for _ in range(max(gather_object([len(examples)])) - len(examples)):
+                self._loss_of([])
         self.model.train()
         return found
+
+    def _loss_of(self, rows: Sequence[Any]) -> float:
+        """Mean loss of rows in a pass of their own."""
+        pack = self._prepare_inputs(self.collate(rows))
+        with self.autocast():
+            return float(self.objective(self.model, pack) / pack["weights"].sum())
 
     # --- evaluation
 
@@ -316,30 +365,35 @@ class PackTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per unit of target weight over `valid_rows`, in nats, whatever the size of passes."""
+        """Mean loss per unit of target weight over `valid_rows`, in nats, whatever the size of passes; of
+        texts also as perplexity and in bits per byte, which does not depend on how long tokens are."""
         assert self.valid_rows is not None
         started_at = time.perf_counter()
         rows = self.valid_rows
-        passes = fill_passes(rows.lengths, self.valid_batch_tokens)[
-            self.args.process_index :: self.args.world_size
-        ]
-        sums = torch.zeros(3, dtype=torch.float64)
+        ranks, rank = self.args.world_size, self.args.process_index
+        passes = fill_passes(rows.lengths, self.valid_batch_tokens)
+        # As many for each rank, since a model that is shared out is computed together: the last may be empty.
+        passes += [[] for _ in range(-len(passes) % ranks)]
+        sums = torch.zeros(4, dtype=torch.float64)
         was_training = self.model.training
         self.model.eval()
-        for items in passes:
+        for items in passes[rank::ranks]:
             pack = self.collate([rows.rows[item] for item in items])
-            if not len(pack["targets"]):
-                continue
             with self.autocast():
                 loss = self.objective(self.model, self._prepare_inputs(pack))
+            num_bytes = 0.0
+            if self.token_bytes is not None:
+                num_bytes = float((self.token_bytes[pack["targets"]] * pack["weights"].double()).sum())
             sums += torch.tensor(
-                [float(loss), float(pack["weights"].sum()), pack["num_targets"]], dtype=torch.float64
+                [float(loss), float(pack["weights"].sum()), pack["num_targets"], num_bytes],
+                dtype=torch.float64,
             )
         self.model.train(was_training)
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
         metrics = {
             "eval_loss": float(sums[0] / sums[1]),
+            **self._of_texts(float(sums[0]), float(sums[1]), float(sums[3])),
             "eval_rows": rows.num_rows,
             "eval_target_tokens": int(sums[2]),
             "eval_s": time.perf_counter() - started_at,
@@ -349,6 +403,15 @@ class PackTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )  # changes control in place
         return metrics
+
+    def _of_texts(self, nats: float, targets: float, num_bytes: float) -> dict[str, float]:
+        """Perplexity, and bits per byte of the targets' text."""
+        if self.token_bytes is None:
+            return {}
+        return {
+            "eval_perplexity": math.exp(min(nats / targets, 700.0)),  # beyond that float64 has no number
+            "eval_bits_per_byte": nats / (math.log(2) * num_bytes),
+        }
 
     def autocast(self) -> Any:
         """The number format of training, for passes outside of it."""
@@ -360,22 +423,29 @@ class PackTrainer(Trainer):
     # over what is missing.
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Every rank takes part; the first one writes."""
-        step = self.state.global_step
+        """Every rank takes part; the first one writes, and others where they share the weights out."""
+        step, shards = self.state.global_step, self.strategy.num_shards
+        epoch, _, _ = self.plan.steps.place(step)
         states = gather_object([random_state()])
+        if shards > 1:
+            if self.args.should_save:
+                self.saver.begin(step)
+            self.accelerator.wait_for_everyone()
+        files = self._large_files()
         if self.args.should_save:
             self.saver.save(
                 step,
-                self._checkpoint_files(states),
+                files | self._small_files(states),
                 {
                     **self.facts,
                     "epoch": self.state.epoch,
                     "seed": self.args.seed,
                     "ranks": self.args.world_size,
+                    "shards": shards,
                     "random_states": [random_state_file(rank) for rank in range(self.args.world_size)],
                     "plan": {
-                        "epoch": step // self.plan.steps_per_epoch,
-                        "step_in_epoch": step % self.plan.steps_per_epoch,
+                        "epoch": epoch,
+                        "step_in_epoch": step - self.plan.steps.first_step(epoch),
                         "steps_per_epoch": self.plan.steps_per_epoch,
                         "batch_size": self.plan.batch_size,
                         "passes": self.plan.passes,
@@ -384,17 +454,39 @@ class PackTrainer(Trainer):
                     "best_eval_loss": self.state.best_metric,
                 },
                 best=self.state.best_global_step,
+                shares=Shares(shards, self.args.ddp_timeout) if shards > 1 else None,
             )
+        elif shards > 1:
+            self.saver.save_share(step, files, self.args.process_index)
         self.accelerator.wait_for_everyone()
 
-    def _checkpoint_files(self, random_states: Sequence[Any]) -> Files:
-        weights, config = checkpoint_weights(self.accelerator.unwrap_model(self.model))
+    def _large_files(self) -> Files:
+        """What this rank writes of weights and optimiser."""
+        rank, shards = self.args.process_index, self.strategy.num_shards
+        name, tensors, _ = checkpoint_weights(self.accelerator.unwrap_model(self.model))
+        # PEFT reads an adapter from one file.
+        parts = shards if name == WHOLE_MODEL else 1
+        own = {}
+        for i, (key, tensor) in enumerate(tensors.items()):
+            whole = self.strategy.whole(tensor)
+            if i % parts == rank:
+                own[key] = whole if shards == 1 else whole.cpu()
+        state = self.strategy.optimizer_state(self.optimizer, lambda i: i % shards == rank)
+        files: Files = {}
+        if rank < parts:
+            files[split_name(name, rank, parts)] = weights_file(own)
+        if rank < shards:
+            files[split_name(OPTIMIZER, rank, shards)] = state_file(state)
+        if rank == 0 and parts > 1:
+            files[f"{name}.index.json"] = split_index(name, list(tensors), parts)
+        return files
+
+    def _small_files(self, random_states: Sequence[Any]) -> Files:
+        _, _, config = checkpoint_weights(self.accelerator.unwrap_model(self.model))
         self.state.stateful_callbacks["TrainerControl"] = self.control.state()
         progress = {**self.guard.state(), "rows": self.rows_report.as_dict(), "stream": self._stream}
         files: Files = {
             **config,
-            **{name: weights_file(tensors) for name, tensors in weights.items()},
-            OPTIMIZER: state_file(self.optimizer.state_dict()),
             SCHEDULER: state_file(self.lr_scheduler.state_dict()),
             TRAINER_STATE: json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True).encode(),
             PROGRESS: json.dumps(progress, indent=2).encode(),
@@ -405,9 +497,25 @@ class PackTrainer(Trainer):
             files[random_state_file(rank)] = state_file(state)
         return files
 
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """transformers would look for the engines' own checkpoints, and load by itself."""
+        if isinstance(self.strategy, Zero) and self.strategy.stage == 3:
+            keep_layers_whole(self.model)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            if self.strategy.is_shared_out:  # else it has been done, before the model was wrapped
+                self._load_from_checkpoint(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        load_checkpoint_weights(folder, self.accelerator.unwrap_model(model or self.model))
+        load_checkpoint_weights(
+            folder, self.accelerator.unwrap_model(model or self.model), self.strategy.set_whole
+        )
         progress = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
         self.guard.restore(progress)
         self.rows_report = SourceReport.from_dict(progress["rows"])
@@ -418,12 +526,13 @@ class PackTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        for part, name in ((self.optimizer, OPTIMIZER), (self.lr_scheduler, SCHEDULER)):
-            file = Path(checkpoint) / name
-            try:
-                part.load_state_dict(read_state(file))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"{file}: is of another optimiser or model: {error}") from error
+        folder = Path(checkpoint)
+        try:
+            parts = (read_state(file) for file in split_files(folder, OPTIMIZER))
+            self.strategy.load_optimizer_state(self.optimizer, parts)
+            self.lr_scheduler.load_state_dict(read_state(folder / SCHEDULER))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{folder}: is of another optimiser or model: {error}") from error
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
@@ -439,7 +548,10 @@ class PackTrainer(Trainer):
         if file.is_file():
             restore_random_state(read_state(file))
         else:
-            set_seed((self.args.seed + 1_000_003 * rank + self._resume_step) % 2**32)
+            self._seed_this_rank()
+
+    def _seed_this_rank(self) -> None:
+        set_seed((self.args.seed + 1_000_003 * self.args.process_index + self._resume_step) % 2**32)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Of what is logged the trainer's state keeps evaluations alone, which decide what is best: with
