@@ -15,6 +15,9 @@ from pathlib import Path
 
 from tunesmith.errors import Interrupted, TunesmithError, UserError
 
+# Those that `launch` starts.
+_TRAINING_VERBS = ("sft", "pretrain")
+
 _EPILOG = """exit codes: 0 done, 1 the run failed, 2 your input is wrong, 130/143 stopped by SIGINT/SIGTERM,
 141 the reader of the output went away"""
 
@@ -26,10 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a stream that is not UTF-8 must not end a run
     options = _parse(list(sys.argv[1:] if arguments is None else arguments))
     try:
-        options.run(options)
+        code = options.run(options)
         sys.stdout.flush()  # here, and not at exit, so that a reader that has gone is met below
     except KeyboardInterrupt:
-        is_run = options.verb in ("sft", "pretrain")
+        is_run = options.verb in (*_TRAINING_VERBS, "launch")
         _complain("stopped at once", "; checkpoints that were complete still are" if is_run else "")
         return 130
     except BrokenPipeError:
@@ -41,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _complain(*_explain(error))
         return error.exit_code if isinstance(error, TunesmithError) else 1
-    return 0
+    return code or 0
 
 
 def _explain(error: Exception) -> tuple[str, str]:
@@ -55,6 +58,8 @@ def _explain(error: Exception) -> tuple[str, str]:
     if type(error).__name__ == "OutOfMemoryError":  # torch's; to import torch here would cost seconds
         fix = "Lower train.micro_batch_tokens, or set train.gradient_checkpointing=true."
         return "failed: ", f"the accelerator's memory is full. {fix}\n{str(error).partition('. ')[0]}."
+    if "/gloo/" in str(error) and "by peer" in str(error):
+        return "failed: ", "another rank has gone; the launcher on its machine says which one, and how"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "failed: ", f"the disk is full: {error.filename or 'while writing'}"
     return "failed: ", (
@@ -125,6 +130,28 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
             action="store_true",
             help="after the first step, show where the time from the command to it went",
         )
+
+    launch = verbs.add_parser(
+        "launch",
+        parents=[common],
+        help="start a run on several processes or machines",
+        description="Start a run on several processes, of this machine or, by the same command on each, of "
+        "several. The exit code is that of the first process that failed.",
+    )
+    launch.add_argument(
+        "--nproc", type=int, metavar="N", help="processes on each machine (default: one an accelerator)"
+    )
+    launch.add_argument("--nnodes", type=int, default=1, metavar="M", help="machines (default 1)")
+    launch.add_argument("--node-rank", type=int, metavar="R", help="the number of this one, from 0")
+    launch.add_argument("--rendezvous", metavar="HOST:PORT", help="where they meet: a port of machine 0")
+    launch.add_argument("--slurm", type=Path, metavar="FILE", help="write a job for sbatch instead")
+    launch.add_argument("--time", metavar="TIME", help="with --slurm: the job's time limit, e.g. 24:00:00")
+    launch.add_argument("--partition", metavar="NAME", help="with --slurm: the job's partition")
+    launch.add_argument(
+        "training_verb", metavar="VERB", choices=_TRAINING_VERBS, help=f"one of: {', '.join(_TRAINING_VERBS)}"
+    )
+    _add_config(launch)
+    launch.set_defaults(run=_launch)
 
     preview = verbs.add_parser(
         "preview",
@@ -273,6 +300,29 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     startup.mark("imports")
     pretrain(config, startup=startup if options.profile_startup else None)
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from tunesmith.config import load_config
+
+    # First, so that a mistake is said once, and at once.
+    config = load_config(options.config, options.overrides, recipe=options.training_verb)
+    from tunesmith.errors import ConfigError
+    from tunesmith.training.launch import Place, launch
+    from tunesmith.training.slurm import write_sbatch
+
+    place = Place(options.nproc, options.nnodes, options.node_rank, options.rendezvous)
+    command = [options.training_verb, options.config, *options.overrides]
+    if options.debug:
+        command.append("--debug")
+    if options.slurm is not None:
+        write_sbatch(options.slurm, command, config, place, time=options.time, partition=options.partition)
+        print(f"{options.slurm} is written. Submit it: sbatch {options.slurm}")
+        return 0
+    for name in ("time", "partition"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name} is for a job: --slurm FILE.")
+    return launch(command, config, place, lambda line: print(line, flush=True))
 
 
 def _preview(options: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ mistakes only.
         MissingExtraError          an optional package is not installed
       CheckpointError              a checkpoint is damaged or does not belong to this run
       TrainingError                training cannot go on (a loss that is not finite)
+      RankError                    one of several processes has failed, is late or has gone
       Interrupted                  SIGINT or SIGTERM ended the run after a save: exit code 130 or 143
 """
 
@@ -62,6 +63,14 @@ class CheckpointError(TunesmithError):
 
 class TrainingError(TunesmithError):
     """Training cannot go on."""
+
+
+class RankError(TunesmithError):
+    """One of the processes of a run has failed, is late or has gone; `exit_code` may be its own."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class Interrupted(TunesmithError):

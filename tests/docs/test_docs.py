@@ -196,7 +196,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tunesmith.RunResult:
 def test_a_run_writes_the_files_that_the_table_has(run: tunesmith.RunResult) -> None:
     (table,) = tables("docs/runs.md", "The run folder")
     written = {item.name + "/" * item.is_dir() for item in run.run.iterdir()}
-    assert set(first_cells([[row[0]] for row in table])) == written | {"bad_step.json", "startup.json"}
+    assert set(first_cells([[row[0]] for row in table])) == written | {
+        "bad_step.json",
+        "startup.json",
+        "logs/",
+    }
 
 
 def test_the_metric_keys_are_those_a_run_writes(run: tunesmith.RunResult) -> None:

@@ -16,6 +16,7 @@ from tunesmith.errors import CheckpointError, ConfigError
 from tunesmith.training import durable_files
 from tunesmith.training.checkpoints import Checkpoint, Checkpoints
 from tunesmith.training.environment import environment, versions
+from tunesmith.training.launch import LOGS, run_path
 from tunesmith.training.lock import LOCK, Lock
 
 Say = Callable[[str], None]
@@ -50,7 +51,7 @@ class RunFolder:
     takes."""
 
     def __init__(self, config: Config) -> None:
-        self.path = Path(config.run.output_dir) / (config.run.name or "run")
+        self.path = run_path(config)
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.bad_steps = self.path / "bad_step.json"
@@ -144,7 +145,7 @@ class RunFolder:
             _keep_lines_until(file, step)
 
     def _holds_something(self) -> bool:
-        own = {self._lock.file.name, durable_files.temporary(self._lock.file).name}
+        own = {self._lock.file.name, durable_files.temporary(self._lock.file).name, LOGS}
         return self.path.exists() and any(item.name not in own for item in self.path.iterdir())
 
     def _newest(self, say: Say) -> Checkpoint | None:
