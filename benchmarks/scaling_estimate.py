@@ -67,7 +67,7 @@ def state_bytes(model: Model, strategy: str, ranks: int, *, is_lora: bool) -> fl
     """Bytes of weights, gradients and optimiser on each rank. `one` is a run of one process."""
     frozen, trained = _counts(model, is_lora)
     gathered = 2 * (model.ends + 2 * model.block)
-    gradients = 0 if is_lora else 4 * max(model.ends, model.block)
+    gradients = 0 if is_lora else 6 * max(model.ends, model.block)
     return {
         "one": 2 * frozen + 18 * trained,
         "ddp": 2 * frozen + 22 * trained,
@@ -82,9 +82,9 @@ def sent_bytes(model: Model, strategy: str, ranks: int, *, is_lora: bool) -> flo
     frozen, trained = _counts(model, is_lora)
     whole = {
         "ddp": 8 * trained,
-        "fsdp": 4 * frozen + 6 * trained,
-        "zero2": 4 * trained,
-        "zero3": 4 * frozen + 6 * trained,
+        "fsdp": 4 * frozen + 8 * trained,
+        "zero2": 6 * trained,
+        "zero3": 4 * frozen + 8 * trained,
     }[strategy]
     return whole * (ranks - 1) / ranks
 

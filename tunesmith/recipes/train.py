@@ -1,4 +1,4 @@
-"""The stages of a run that learns to predict next tokens. What tells one recipe from another is in the config:
+"""The stages of a run that learns to predict next tokens. What tells one recipe from another is its config:
 which rows, how they become examples, and what is trained."""
 
 from __future__ import annotations
@@ -66,4 +66,5 @@ def train(config: Config, startup: Startup | None) -> RunResult:
         session.train(start)
         session.measure_tuned()
         summary = finish_run(session)
+        session.end()
     return RunResult(run.path, run.final, run.best if run.best.is_dir() else None, summary)

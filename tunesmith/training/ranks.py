@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 from tunesmith.errors import RankError
+
+
+def meet(timeout_s: float) -> None:
+    """Connect the ranks of this run, if it has several, and wait until all are there. Whatever they wait for
+    later ends after `timeout_s` seconds, too."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun sets it
+        PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(seconds=timeout_s))
+        wait_for_all("the start of the run", timeout_s)
 
 
 def wait_for_all(what: str, timeout_s: float) -> None:

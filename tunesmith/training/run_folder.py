@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tunesmith.config import Config, dump_config
 from tunesmith.data.loading import Data
 from tunesmith.errors import CheckpointError, ConfigError
@@ -18,6 +16,7 @@ from tunesmith.training.checkpoints import Checkpoint, Checkpoints
 from tunesmith.training.environment import environment, versions
 from tunesmith.training.launch import LOGS, run_path
 from tunesmith.training.lock import LOCK, Lock
+from tunesmith.training.ranks import meet
 
 Say = Callable[[str], None]
 _BLOCK = 1 << 16  # bytes of metrics.jsonl looked at in one go
@@ -105,7 +104,8 @@ class RunFolder:
             self._lock.acquire()
             durable_files.clean(self.path)
             self.checkpoints.clean()
-        _wait_for_all_ranks()  # one that looks sooner may miss a checkpoint that `clean` brings back
+        # One that looks sooner may miss a checkpoint that `clean` brings back.
+        meet(config.distributed.timeout_s)
         if isinstance(resume, int):
             start: Checkpoint | None = self.checkpoints.at(resume)
         else:
@@ -254,13 +254,6 @@ def _is_line_until(line: bytes, step: int) -> bool:
         return line.endswith(b"\n") and bool(json.loads(line)["step"] <= step)
     except ValueError:
         return False
-
-
-def _wait_for_all_ranks() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun sets it
-        from accelerate import PartialState
-
-        PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

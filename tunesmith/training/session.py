@@ -41,6 +41,7 @@ from tunesmith.training.environment import versions
 from tunesmith.training.manifest import seal
 from tunesmith.training.passes import plan_passes
 from tunesmith.training.progress import Progress, ProgressLine
+from tunesmith.training.ranks import wait_for_all
 from tunesmith.training.run_folder import RunFolder, write_json
 from tunesmith.training.saving import Saver
 from tunesmith.training.startup import Startup
@@ -81,6 +82,8 @@ class Session:
         if passes.recomputes:
             enable_gradient_checkpointing(model)
         arguments = training_arguments(config, self.plan, run.path, dtype=self.dtype)
+        # DDP looks for weights that a pass left out only where there may be some: it takes time.
+        arguments.ddp_find_unused_parameters = any("expert" in name for name, _ in model.named_modules())
         self._signals = StopOnSignal(progress.say, arguments.world_size)
         self._line = ProgressLine(progress.console)
         saver = Saver(
@@ -131,7 +134,7 @@ class Session:
     def begin(self, start: Checkpoint | None) -> None:
         """Write what stands before the first step: config, environment, data report. Raises ConfigError if
         the disk is too small for the run."""
-        self.trainer.accelerator.wait_for_everyone()
+        self._wait_for_all("the first step")
         if self.is_main:
             self._check_disk()
             self.run.begin(self.config, start, self.data)
@@ -171,6 +174,8 @@ class Session:
             write_json(self.run.path / "data_report.json", self.data.report())
         if self._signals.received is not None and not self.trainer.is_done:
             state, saved = self.trainer.state, self.trainer.saver.last_step
+            # A rank that ends has the launcher end the others.
+            self._wait_for_all(f"the end at step {state.global_step}")
             raise Interrupted(
                 f"stopped at step {state.global_step} of {state.max_steps}, "
                 + (
@@ -196,7 +201,7 @@ class Session:
     def _go_back(self, back: RollBack) -> Checkpoint:
         """To the last checkpoint that is undamaged."""
         self._line.close()
-        self.trainer.accelerator.wait_for_everyone()
+        self._wait_for_all("the way back to a checkpoint")
         newest, damaged = self.run.checkpoints.newest()
         if newest is None:
             raise CheckpointError(f"{back}; there is no checkpoint to go back to: {'; '.join(damaged)}")
@@ -253,6 +258,13 @@ class Session:
         """What `before` and `after` answers were written."""
         file = self.run.path / "answers.json"
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+    def end(self) -> None:
+        """Wait until every rank has done its part, so that none that ends takes the others along."""
+        self._wait_for_all("the end of the run")
+
+    def _wait_for_all(self, what: str) -> None:
+        wait_for_all(what, self.config.distributed.timeout_s)
 
     def _ask(self, when: str) -> None:
         """The same questions of every rank where a model is shared out: all of them compute each token."""

@@ -12,6 +12,7 @@ where there are several shards each rank keeps and writes its share of them, by 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import itertools
 import json
@@ -276,6 +277,7 @@ def _deepspeed_config(stage: int, offload: str) -> dict[str, Any]:
         "zero_optimization": zero,
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto"},
+        "communication_data_type": "fp32",  # in which gradients are summed, as with the other strategies
         # Ours knows which parameters decay, and runs where the memory is.
         "zero_force_ds_cpu_optimizer": False,
         **dict.fromkeys(automatic, "auto"),
@@ -301,6 +303,13 @@ def fsdp_on_cpu() -> Iterator[None]:
         yield
     finally:
         AcceleratorState.__init__ = original
+
+
+def sum_gradients_in_float32(plugin: Any) -> None:
+    """As DDP sums those of float32 weights; of accelerate 1.15 FSDP does it in the format of the products."""
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32)
 
 
 def keep_layers_whole(model: Any) -> None:

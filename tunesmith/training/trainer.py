@@ -54,10 +54,19 @@ from tunesmith.training.checkpoints import (
     random_state_file,
 )
 from tunesmith.training.random_state import random_state, restore_random_state
+from tunesmith.training.ranks import wait_for_all
 from tunesmith.training.saving import Saver
 from tunesmith.training.shared_save import Shares
 from tunesmith.training.state_files import Files, read_state, state_file, weights_file
-from tunesmith.training.strategy import Fsdp, Strategy, Whole, Zero, fsdp_on_cpu, keep_layers_whole
+from tunesmith.training.strategy import (
+    Fsdp,
+    Strategy,
+    Whole,
+    Zero,
+    fsdp_on_cpu,
+    keep_layers_whole,
+    sum_gradients_in_float32,
+)
 
 Pack = dict[str, Any]
 # (model, pack) -> sum over the pack's targets of weight * loss, a float32 scalar.
@@ -158,6 +167,8 @@ class PackTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         with fsdp_on_cpu():
             super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            sum_gradients_in_float32(self.accelerator.state.fsdp_plugin)
 
     # --- data
 
@@ -308,7 +319,7 @@ class PackTrainer(Trainer):
         self.guard.leave_out(step, fault)
         if self.guard.on_bad == "rollback":
             self.saver.finish()
-            self.accelerator.wait_for_everyone()
+            self._wait_for_all(f"the judgement of step {step}")
             if self.saver.checkpoints.complete():
                 raise RollBack(f"step {step}: {fault}")
         self._leave_out(fault)
@@ -430,7 +441,7 @@ class PackTrainer(Trainer):
         if shards > 1:
             if self.args.should_save:
                 self.saver.begin(step)
-            self.accelerator.wait_for_everyone()
+            self._wait_for_all(f"the save of step {step}")
         files = self._large_files()
         if self.args.should_save:
             self.saver.save(
@@ -458,7 +469,10 @@ class PackTrainer(Trainer):
             )
         elif shards > 1:
             self.saver.save_share(step, files, self.args.process_index)
-        self.accelerator.wait_for_everyone()
+        self._wait_for_all(f"the end of the save of step {step}")
+
+    def _wait_for_all(self, what: str) -> None:
+        wait_for_all(what, self.args.ddp_timeout)
 
     def _large_files(self) -> Files:
         """What this rank writes of weights and optimiser."""
