@@ -29,6 +29,7 @@ test: setup check
 # Kills runs at file operations, between passes and at times, some 400 in all; the report is runs/crash-report.json.
 test-crash: setup
 	PYTHONPATH=tests HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m crash.report
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -m long
 
 check: setup
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-import tunesmith.recipes.sft  # noqa: F401  so that no fork has to
+import tunesmith.recipes.train  # noqa: F401  so that no fork has to
 from tunesmith import cli
 from tunesmith.training import durable_files
 from tunesmith.training.callbacks import MetricsFile

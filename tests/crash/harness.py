@@ -144,12 +144,13 @@ class Driver:
         point: Point | None = None,
         kill_before: Sequence[str] | None = None,
     ) -> Ended:
-        """`tunesmith sft` on a config; killed at a point, or before the first place of this name."""
+        """What a config is for (sft, unless it says); killed at a point, or before the first place of this
+        name."""
         point = point or Point()
         file, places = log.with_suffix(".yaml"), log.with_suffix(".places")
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         order = {
-            "arguments": ["sft", str(file)],
+            "arguments": [config["run"].get("recipe", "sft"), str(file)],
             "log": str(log),
             "places": str(places),
             "ranks": ranks,
@@ -339,11 +340,10 @@ def _found(run: Path, begun: list[list[str]], before: int) -> tuple[int, str, st
 
 def difference(one: Path, other: Path) -> str | None:
     """What differs between two runs that have ended, or None: every tensor of best/, final/ and the last
-    checkpoint, what its state holds beside tensors, the metrics but for times, and that no checkpoint is
-    missing."""
+    checkpoint, what its state holds beside tensors, the metrics but for times, and that there are the
+    same checkpoints."""
     kept = [sorted(folder.name for folder in (run / "checkpoints").iterdir()) for run in (one, other)]
-    # A kill after the last save and before its deletions leaves an older checkpoint too; nothing saves again.
-    if not set(kept[0]) <= set(kept[1]) or kept[0][-1] != kept[1][-1]:
+    if kept[0] != kept[1]:
         return f"checkpoints {kept[1]}, not {kept[0]}"
     for folder in ("best", "final", f"checkpoints/{kept[0][-1]}"):
         names = [sorted(file.name for file in (run / folder).iterdir()) for run in (one, other)]

@@ -186,6 +186,13 @@ torch.save(model(torch.arange(3, 30)[None]).logits.detach(), out)
     assert torch.allclose(torch.load(out), logits[0], rtol=0, atol=1e-5)
 
 
+def test_a_full_model_is_loaded_in_the_format_it_was_saved_in(run_config):
+    result = tunesmith.sft(
+        run_config(adapter={"method": "none", "r": 16, "alpha": 32}, model={"dtype": "bfloat16"})
+    )
+    assert AutoModelForCausalLM.from_pretrained(result.final, dtype="auto").dtype == torch.bfloat16
+
+
 def test_lora_plus_gives_b_matrices_a_higher_learning_rate(run_config):
     from tunesmith.training.trainer import PackTrainer
 

@@ -14,6 +14,7 @@ import torch
 from crash.harness import Driver, difference, scenario_config
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
+from tiny import conversations, write_rows
 from transformers import AutoModelForCausalLM
 
 from tunesmith.config import load_config
@@ -22,7 +23,10 @@ from tunesmith.training.run_folder import read_metrics
 
 STRATEGIES = ["fsdp", "zero2", "zero3"]
 METHODS = ["lora", "none"]
-_NO_DROPOUT = {"lora": {"r": 4, "alpha": 8, "dropout": 0.0}, "none": {"method": "none"}}
+RECIPES = ["sft", "pretrain"]
+# Pretraining differs before the engine: all of it is tried in full by `make test-crash`.
+SAMPLED_RECIPES = ["sft", pytest.param("pretrain", marks=pytest.mark.long)]
+_NO_DROPOUT = {"lora": {"method": "lora", "r": 4, "alpha": 8, "dropout": 0.0}, "none": {"method": "none"}}
 
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs tunesmith[deepspeed]"
@@ -45,13 +49,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("strategies")
 
 
-def config_of(folder: Path, name: str, strategy: str, method: str, **sections) -> dict:
+def config_of(folder: Path, name: str, strategy: str, method: str, recipe: str = "sft", **sections) -> dict:
     learning_rate = 1e-2 if method == "lora" else 1e-3
     config = scenario_config(
         {"adapter": _NO_DROPOUT[method], "train": {"learning_rate": learning_rate}}, folder
     )
     config["distributed"] = {"strategy": strategy}
-    config["run"]["name"] = name
+    config["run"] |= {"name": name, "recipe": recipe}
+    if recipe == "pretrain":
+        for part, rows in (("train", 90), ("valid", 12)):
+            texts = [
+                f"{i}. " + " ".join(m["content"] for m in row["messages"])
+                for i, row in enumerate(conversations(rows))
+            ]
+            config["data"][part] = str(
+                write_rows(folder / f"{part}-texts.jsonl", [{"text": text} for text in texts])
+            )
+        config["data"]["max_length"] = 128
     for section, values in sections.items():
         config[section] = config.get(section, {}) | values
     return config
@@ -68,27 +82,28 @@ def train(driver: Driver, config: dict, ranks: int, **kill) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(driver: Driver, folder: Path):
-    """method -> the run of one process."""
-    runs: dict[str, Path] = {}
+    """(method, recipe) -> the run of one process."""
+    runs: dict[tuple[str, str], Path] = {}
 
-    def get(method: str) -> Path:
-        if method not in runs:
-            runs[method] = train(driver, config_of(folder, f"alone-{method}", "ddp", method), 1)
-        return runs[method]
+    def get(method: str, recipe: str = "sft") -> Path:
+        if (method, recipe) not in runs:
+            config = config_of(folder, f"alone-{method}-{recipe}", "ddp", method, recipe)
+            runs[method, recipe] = train(driver, config, 1)
+        return runs[method, recipe]
 
     return get
 
 
 @pytest.fixture(scope="module")
 def straight(driver: Driver, folder: Path):
-    """(strategy, method) -> the run of two processes that nothing happened to."""
-    runs: dict[tuple[str, str], Path] = {}
+    """(strategy, method, recipe) -> the run of two processes that nothing happened to."""
+    runs: dict[tuple[str, str, str], Path] = {}
 
-    def get(strategy: str, method: str) -> Path:
-        if (strategy, method) not in runs:
-            config = config_of(folder, f"{strategy}-{method}", strategy, method)
-            runs[strategy, method] = train(driver, config, 2)
-        return runs[strategy, method]
+    def get(strategy: str, method: str, recipe: str = "sft") -> Path:
+        key = strategy, method, recipe
+        if key not in runs:
+            runs[key] = train(driver, config_of(folder, "-".join(key), *key), 2)
+        return runs[key]
 
     return get
 
@@ -109,15 +124,17 @@ def logits_of(final: Path, method: str) -> torch.Tensor:
         return model(torch.arange(1, 60)[None]).logits
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("strategy", each(["ddp", *STRATEGIES]))
-def test_twelve_steps_have_the_losses_of_one_process_and_make_the_same_model(
-    alone, straight, strategy: str, method: str
+def test_a_run_has_the_losses_of_one_process_and_makes_the_same_model(
+    alone, straight, strategy: str, method: str, recipe: str
 ) -> None:
     """Sums over ranks are added in another order than within one: 1e-5 is 80 times the last place of fp32."""
-    run = straight(strategy, method)
-    assert_same_course(alone(method), run, rel=1e-5)
-    expected = logits_of(alone(method) / "final", method)
+    run = straight(strategy, method, recipe)
+    assert len(read_metrics(run / "metrics.jsonl")) >= 12
+    assert_same_course(alone(method, recipe), run, rel=1e-5)
+    expected = logits_of(alone(method, recipe) / "final", method)
     assert torch.allclose(logits_of(run / "final", method), expected, atol=1e-3 * float(expected.std()))
 
 
@@ -150,17 +167,18 @@ def test_each_rank_writes_its_share_of_a_checkpoint(straight, strategy: str, met
                 assert torch.equal(final.get_tensor(name), whole[name])
 
 
+@pytest.mark.parametrize("recipe", SAMPLED_RECIPES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("strategy", each(STRATEGIES))
 def test_a_run_killed_between_checkpoints_ends_with_the_same_bits(
-    driver: Driver, folder: Path, straight, strategy: str, method: str
+    driver: Driver, folder: Path, straight, strategy: str, method: str, recipe: str
 ) -> None:
-    config = config_of(folder / "killed", f"{strategy}-{method}", strategy, method)
+    config = config_of(folder / "killed", f"{strategy}-{method}-{recipe}", strategy, method, recipe)
     run = train(driver, config, 2, kill_before=["rows", "step 8"])
     assert not (run / "final").exists()
     assert (run / "checkpoints" / "step-000006").is_dir()
     train(driver, config, 2)
-    assert difference(straight(strategy, method), run) is None
+    assert difference(straight(strategy, method, recipe), run) is None
 
 
 @pytest.mark.parametrize(
