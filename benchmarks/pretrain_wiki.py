@@ -5,11 +5,11 @@
     python -m benchmarks.pretrain_wiki --table benchmarks/pretrain-wiki.json
 
 A tokenizer is learnt from the file with `tunesmith tokenizer train`, and recipes/pretrain-from-scratch.yaml
-is run as a command line would run it. The plain loop is a process that never imports tunesmith. It is handed
-the weights that tunesmith draws, and token ids: the pieces of documents of each step. That these are the
-file's text is found out apart, by cutting it here. It runs the pieces of a step a few of one length at a time,
-without padding and without packing, with torch's own AdamW and the schedule's formula. Runs are added to those
-that the result holds (`--runs`). Linux: memory is read from /proc.
+is run as a command line would run it. The plain loop is a process that never imports tunesmith. It is
+handed the weights that tunesmith draws, and token ids: the pieces of documents of each step. That these are
+the file's text is found out apart, by cutting it here. It runs the pieces of a step a few of one length at
+a time, without padding and without packing, with torch's own AdamW and the schedule's formula. Runs are
+added to those that the result holds (`--runs`). Linux: memory is read from /proc.
 """
 
 from __future__ import annotations
