@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -175,11 +176,12 @@ def prepare(corpus: Path, folder: Path, overrides: list[str]) -> Job:
             "weight_decay": config.train.weight_decay,
             **config.train.trainer_args,
         },
-        "tokenizer": {
+        "corpus": {
+            "documents": len(documents),
+            "blocks": len(starts) - 1,
+            "tokens": sum(len(piece) for piece in expected.elements()),
             "vocabulary": len(tokenizer),
-            "bytes_a_token": corpus.stat().st_size / sum(map(len, expected.elements())),
         },
-        "documents": {"all": len(documents), "blocks": len(starts) - 1},
     }
 
 
@@ -254,6 +256,22 @@ def run(name: str, job: Job, overrides: list[str], folder: Path) -> dict[str, An
     tokens = sum(len(piece) for pieces in job["steps"][1:] for piece in pieces)
     result["tokens_per_s"] = tokens / sum(result.pop("step_s")[1:])
     return result
+
+
+def speed(names: list[str], repeats: int, job: Job, overrides: list[str], folder: Path) -> dict[str, Any]:
+    """tokens/s and peak memory of each run, in turn so that all meet the machine's better and worse minutes.
+    Involuntary switches in the thousands say that it was shared."""
+    timed: dict[str, Any] = {name: {"tokens_per_s": [], "peak_gib": [], "switches": []} for name in names}
+    for _ in range(repeats):
+        for name, found in timed.items():
+            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_nivcsw
+            one = run(name, job, overrides, folder)
+            one["switches"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_nivcsw - before
+            for key, values in found.items():
+                values.append(one[key])
+            print(name, round(one["tokens_per_s"]), "tokens/s", flush=True)
+    threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    return {"steps": len(job["steps"]), "threads": threads, "runs": timed}
 
 
 def child(command: list[str]) -> str:
@@ -343,30 +361,21 @@ def main() -> None:
             overrides += ["data.valid=null", "eval.prompts=[]", "eval.temperature=0", "eval.every_steps=null"]
         os.chdir(REPOSITORY)  # the recipe names its config from here
         job = prepare(options.corpus, folder, overrides)
-        results["corpus"] = {"bytes": options.corpus.stat().st_size, **job["documents"], **job["tokenizer"]}
-        results["corpus"] |= {
-            "held_out_tokens": sum(map(len, job["valid"])),
-            "held_out_bytes": job["valid_bytes"],
-        } if job["valid"] else {}  # fmt: skip
         if options.speed:
-            timed: dict[str, Any] = {each: {"tokens_per_s": [], "peak_gib": []} for each in options.runs}
-            for _ in range(options.speed):
-                for each, found in timed.items():
-                    one = run(each, job, overrides, folder)
-                    for key, values in found.items():
-                        values.append(one[key])
-                    print(each, round(one["tokens_per_s"]), "tokens/s", flush=True)
-            results["speed"] = {"steps": steps, "runs": timed}
+            results["speed"] = speed(options.runs, options.speed, job, overrides, folder)
         else:
-            runs = {each: run(each, job, overrides, folder) for each in options.runs}
-            for one in runs.values():
+            results["corpus"] = {
+                "bytes": options.corpus.stat().st_size,
+                **job["corpus"],
+                "held_out_tokens": sum(map(len, job["valid"])),
+                "held_out_target_bytes": job["valid_bytes"],
+            }
+            results["runs"] = {each: run(each, job, overrides, folder) for each in options.runs}
+            for one in results["runs"].values():
                 del one["tokens_per_s"], one["peak_gib"]  # of a quiet machine only: --speed
-            results["runs"] = runs
     before: dict[str, Any] = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
-    results["runs"] = before.get("runs", {}) | results.get("runs", {})
-    results["compared"] = [
-        compare(results["runs"], *pair) for pair in PAIRS if set(pair) <= set(results["runs"])
-    ]
+    runs = results["runs"] = before.get("runs", {}) | results.get("runs", {})
+    results["compared"] = [compare(runs, *pair) for pair in PAIRS if set(pair) <= set(runs)]
     if results["compared"]:
         write_svg(results["compared"], out.with_suffix(".svg"))
     out.write_text(json.dumps(before | results, indent=1) + "\n", encoding="utf-8")
