@@ -34,14 +34,16 @@ from benchmarks.ladder.record import memory_gib, versions
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "pretrain-from-scratch.yaml"
 VOCABULARY = 8192
-PIECES_AT_ONCE = 4  # of the plain loop: 2,048 tokens a pass, which is what tunesmith chooses here
-RUNS = {  # name -> number format, and whose
-    "plain_fp32": ("float32", "plain"),
-    "tunesmith_fp32": ("float32", "tunesmith"),
-    "plain_bf16": ("bfloat16", "plain"),
-    "tunesmith": ("auto", "tunesmith"),
+RUNS = {  # name -> number format, and pieces in a pass of the plain loop: 4 of 512 are what tunesmith chooses
+    "plain_fp32": ("float32", 4),
+    "plain_fp32_singly": ("float32", 1),
+    "tunesmith_fp32": ("float32", None),
+    "plain_bf16": ("bfloat16", 4),
+    "tunesmith": ("auto", None),
 }
-PAIRS = (("plain_fp32", "tunesmith_fp32"), ("plain_fp32", "tunesmith"))
+# The second is the plain loop against itself: how far the order of float32 sums alone drives a run.
+PAIRS = (("plain_fp32", "tunesmith_fp32"), ("plain_fp32", "plain_fp32_singly"), ("plain_fp32", "tunesmith"))
+LOSSES = ["plain_fp32", "tunesmith_fp32", "tunesmith"]
 
 Job = dict[str, Any]
 
@@ -76,7 +78,7 @@ def plain_loop(job: Job) -> dict[str, Any]:
             group["lr"] = learning_rate(number, len(job["steps"]), train)
         targets = sum(len(piece) - 1 for piece in pieces)
         total = 0.0
-        for rows in by_length(pieces):
+        for rows in by_length(pieces, job["at_once"]):
             nats = summed_nats(model, rows, job["dtype"]) / targets
             nats.backward()
             total += nats.item()
@@ -89,7 +91,7 @@ def plain_loop(job: Job) -> dict[str, Any]:
     model.eval()
     nats = 0.0
     with torch.no_grad():
-        for rows in by_length(job["valid"]):
+        for rows in by_length(job["valid"], job["at_once"]):
             nats += summed_nats(model, rows, job["dtype"]).item()
     return {"losses": losses, "step_s": seconds, "peak_gib": peak, "eval_nats": nats}
 
@@ -103,15 +105,15 @@ def learning_rate(step: int, steps: int, train: Job) -> float:
     return float(floor + (peak - floor) * fall)
 
 
-def by_length(pieces: list[list[int]]) -> list[list[list[int]]]:
-    """Pieces of one length, a few at a time."""
+def by_length(pieces: list[list[int]], at_once: int) -> list[list[list[int]]]:
+    """Pieces of one length, so many at a time."""
     groups: dict[int, list[list[int]]] = {}
     for piece in pieces:
         groups.setdefault(len(piece), []).append(piece)
     return [
-        group[at : at + PIECES_AT_ONCE]
+        group[at : at + at_once]
         for _, group in sorted(groups.items(), reverse=True)
-        for at in range(0, len(group), PIECES_AT_ONCE)
+        for at in range(0, len(group), at_once)
     ]
 
 
@@ -218,10 +220,10 @@ def target_bytes(tokenizer: Any, piece: list[int]) -> int:
 
 def run(name: str, job: Job, overrides: list[str], folder: Path) -> dict[str, Any]:
     """One run, in a process of its own."""
-    dtype, whose = RUNS[name]
-    if whose == "plain":
+    dtype, at_once = RUNS[name]
+    if at_once:
         file = folder / "job.json"
-        file.write_text(json.dumps(job | {"dtype": dtype}), encoding="utf-8")
+        file.write_text(json.dumps(job | {"dtype": dtype, "at_once": at_once}), encoding="utf-8")
         done = child([sys.executable, "-m", "benchmarks.pretrain_wiki", "--plain", str(file)])
         result: dict[str, Any] = json.loads(done.splitlines()[-1])
     else:
@@ -332,9 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("corpus", nargs="?", type=Path, help="a .txt file whose lines are documents")
     parser.add_argument("--steps", type=int, help="default: the recipe's, 12 with --speed")
-    parser.add_argument(
-        "--runs", nargs="+", choices=RUNS, default=[name for name in RUNS if name != "plain_bf16"]
-    )
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=LOSSES)
     parser.add_argument("--speed", type=int, metavar="REPEATS", help="time runs of a few steps, in turn")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "pretrain-wiki.json")
     parser.add_argument("--table", type=Path, metavar="JSON", help="print tables again; nothing is run")
