@@ -71,3 +71,5 @@ def test_the_recipes_say_what_their_names_say() -> None:
     assert recipes["qwen2.5-1.5b-instruct-lora"].adapter.method == "lora"
     assert recipes["smollm2-135m-demo"].model.path == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert recipes["smollm2-135m-demo"].eval.answer_rows == 50
+    assert recipes["pretrain-from-scratch"].model.config == "recipes/qwen2-10m.json"
+    assert recipes["pretrain-continue"].model.path == "Qwen/Qwen2.5-0.5B"
