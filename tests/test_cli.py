@@ -28,6 +28,7 @@ VERBS = [
     "sft",
     "pretrain",
     "launch",
+    "prepare",
     "preview",
     "chat",
     "checkpoints",

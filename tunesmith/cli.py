@@ -153,6 +153,28 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     _add_config(launch)
     launch.set_defaults(run=_launch)
 
+    prepare = verbs.add_parser(
+        "prepare",
+        parents=[common],
+        help="prepare a run's data beforehand",
+        description="Read, check and tokenise the data of a config as a run does before it trains. The run "
+        "finds it in data.cache_dir and prepares nothing. For pretraining: run.recipe=pretrain.",
+    )
+    _add_config(prepare)
+    prepare.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="processes of this machine (default), or of a Ray cluster",
+    )
+    prepare.add_argument(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="the cluster's HOST:PORT, or auto: one started on this machine (default: RAY_ADDRESS, or else "
+        "Ray is started for the time)",
+    )
+    prepare.set_defaults(run=_prepare)
+
     preview = verbs.add_parser(
         "preview",
         parents=[common],
@@ -323,6 +345,16 @@ def _launch(options: argparse.Namespace) -> int:
         if getattr(options, name) is not None:
             raise ConfigError(f"--{name} is for a job: --slurm FILE.")
     return launch(command, config, place, lambda line: print(line, flush=True))
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from tunesmith.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    _quiet_libraries()
+    from tunesmith.data.prepare_ahead import prepare_ahead
+
+    prepare_ahead(config, engine=options.engine, ray_address=options.ray_address)
 
 
 def _preview(options: argparse.Namespace) -> None:

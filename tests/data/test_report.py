@@ -14,7 +14,7 @@ import pytest
 
 import tunesmith.data.cache as cache_module
 from tunesmith.config import Config
-from tunesmith.data.cache import open_or_prepare
+from tunesmith.data.cache import open_or_prepare, write_here
 from tunesmith.data.loading import Data, load_data
 from tunesmith.data.prepare import PreparedRow
 from tunesmith.data.records import BadRow, Example, RawRow
@@ -287,16 +287,17 @@ def test_bad_rows_are_listed_however_many_others_were_cut() -> None:
 
 def test_a_worker_that_dies_ends_the_preparation_with_the_reason(tmp_path: Path) -> None:
     rows = [RawRow(f"a:{i}", b"{}") for i in range(3000)]
+    report = SourceReport("a", "messages")
+    write = functools.partial(
+        write_here,
+        rows=iter(rows),
+        make_preparer=functools.partial(os._exit, 1),  # type: ignore[arg-type]
+        report=report,
+        workers=2,
+        progress=lambda _: None,
+    )
     with pytest.raises(DataError, match=r"a worker process died.*Use fewer than data.workers=2"):
-        open_or_prepare(
-            tmp_path / "key",
-            lambda: iter(rows),
-            functools.partial(os._exit, 1),  # type: ignore[arg-type]
-            SourceReport("a", "messages"),
-            workers=2,
-            refuse_bad_rows=True,
-            progress=lambda _: None,
-        )
+        open_or_prepare(tmp_path / "key", write, report, refuse_bad_rows=True)
     assert not (tmp_path / "key").exists()
 
 

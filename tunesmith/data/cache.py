@@ -4,7 +4,8 @@
 
 KEY covers everything that decides the result: content of the files, tokenizer, template, options and the code
 of this room. A folder is complete or absent: it is written under a temporary name and renamed. A lock lets
-one process work while the others wait.
+one process work while the others wait. The examples are those of all its shards, `examples*.arrow`, in the
+order of their names: one here, many where a cluster wrote them (ray_engine.py).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import shutil
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -56,14 +57,14 @@ def cache_key(files_fingerprint: str, tokenizer: Any, options: PrepareOptions, *
         "special": {key: str(value) for key, value in sorted(tokenizer.special_tokens_map.items())},
         "template": tokenizer.chat_template,
         "options": asdict(options),
-        "code": _code_version(),
+        "code": code_version(),
         **more,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 @functools.cache
-def _code_version() -> str:
+def code_version() -> str:
     """Hash of this room's source: a change of code never meets data that older code prepared."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
@@ -80,31 +81,26 @@ class Prepared:
 
 
 def open_or_prepare(
-    folder: Path,
-    rows: Callable[[], Iterator[RawRow]],
-    make_preparer: Callable[[], Preparer],
-    report: SourceReport,
-    *,
-    workers: int,
-    refuse_bad_rows: bool,
-    progress: Progress,
+    folder: Path, write: Callable[[Path], None], report: SourceReport, *, refuse_bad_rows: bool
 ) -> Prepared:
-    """What lies in `folder`, prepared now if it is not there yet.
+    """What lies in `folder`; if it is not there yet, `write` is called to put shards into a folder and their
+    counts into `report`.
 
-    Raises DataError for bad rows when `refuse_bad_rows`, and what Preparer raises; nothing is left behind
+    Raises DataError for bad rows when `refuse_bad_rows`, and what `write` raises; nothing is left behind
     then."""
-    from datasets import Dataset
+    from datasets import Dataset, concatenate_datasets
 
     def build(building: Path) -> None:
-        _write(building / "examples.arrow", rows(), make_preparer, report, workers=workers, progress=progress)
+        write(building)
         if refuse_bad_rows:
             report.refuse_bad_rows()
         (building / "report.json").write_text(json.dumps(report.as_dict()), encoding="utf-8")
 
     _build_once(folder, build)
-    dataset = Dataset.from_file(str(folder / "examples.arrow"))
+    shards = [Dataset.from_file(str(shard)) for shard in sorted(folder.glob("examples*.arrow"))]
     return Prepared(
-        dataset, SourceReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8")))
+        concatenate_datasets(shards),
+        SourceReport.from_dict(json.loads((folder / "report.json").read_text(encoding="utf-8"))),
     )
 
 
@@ -143,8 +139,8 @@ def _schema() -> Any:
     )
 
 
-def _write(
-    file: Path,
+def write_here(
+    folder: Path,
     rows: Iterator[RawRow],
     make_preparer: Callable[[], Preparer],
     report: SourceReport,
@@ -152,25 +148,34 @@ def _write(
     workers: int,
     progress: Progress,
 ) -> None:
+    """Prepare all rows to one shard, in this process or in `workers` processes of this machine."""
+    prepared = _prepare_all(chunks_of(rows), make_preparer, report, workers)
+    write_shard(folder / "examples.arrow", prepared, report, progress)
+
+
+def write_shard(
+    file: Path, prepared: Iterable[tuple[bytes, SourceReport]], report: SourceReport, progress: Progress
+) -> None:
+    """The examples of prepared chunks as one file, and their counts into `report`."""
     import pyarrow as pa
 
-    chunks = _chunks(rows)
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, _schema()) as stream:
-        for batch, counts in _prepare_all(chunks, make_preparer, report, workers):
+        for batch, counts in prepared:
             for record_batch in pa.ipc.open_stream(batch):
                 stream.write_batch(record_batch)
             report.merge(counts)
             progress(counts.rows_read)
 
 
-_Chunk = tuple[int, list[RawRow]]
+Chunk = tuple[int, list[RawRow]]
 
 
-def _chunks(rows: Iterator[RawRow]) -> Iterator[_Chunk]:
-    first, size = 0, 0
+def chunks_of(rows: Iterator[RawRow], first: int = 0) -> Iterator[Chunk]:
+    """Rows that are prepared together, with the number of the first; `first` is that of the first of all."""
+    size = 0
     chunk: list[RawRow] = []
     for row in rows:
-        row_size = _size(row)
+        row_size = size_of(row)
         if chunk and (len(chunk) == _CHUNK_ROWS or size + row_size > _CHUNK_BYTES):
             yield first, chunk
             first, size, chunk = first + len(chunk), 0, []
@@ -180,7 +185,7 @@ def _chunks(rows: Iterator[RawRow]) -> Iterator[_Chunk]:
         yield first, chunk
 
 
-def _size(row: RawRow) -> int:
+def size_of(row: RawRow) -> int:
     """Bytes of a row, about."""
     if isinstance(row.payload, bytes):
         return len(row.payload)
@@ -190,7 +195,7 @@ def _size(row: RawRow) -> int:
 
 
 def _prepare_all(
-    chunks: Iterator[_Chunk], make_preparer: Callable[[], Preparer], report: SourceReport, workers: int
+    chunks: Iterator[Chunk], make_preparer: Callable[[], Preparer], report: SourceReport, workers: int
 ) -> Iterator[tuple[bytes, SourceReport]]:
     """Each chunk's Arrow stream and counts, in order."""
     empty = SourceReport(report.path, report.format)
@@ -227,14 +232,20 @@ _worker_state: list[Any] = []  # (Preparer, empty report) of this worker process
 
 
 def _start_worker(make_preparer: bytes, empty: SourceReport) -> None:
-    """`make_preparer` comes pickled, so that this runs before transformers is imported for it."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker_state[:] = [make_in_worker(make_preparer), empty]
+
+
+def make_in_worker(make_preparer: bytes) -> Preparer:
+    """The Preparer of a process that does nothing else. `make_preparer` comes pickled, so that this runs
+    before transformers is imported for it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     # transformers imports torch where it finds it: 200 MB a worker, for text that needs none.
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     sys.modules["torch"] = None  # type: ignore[assignment]
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_state[:] = [pickle.loads(make_preparer)(), empty]
+    preparer: Preparer = pickle.loads(make_preparer)()
     _return_freed_memory()
+    return preparer
 
 
 def _end_with_parent() -> None:
@@ -255,11 +266,11 @@ def _return_freed_memory() -> None:
             trim(0)
 
 
-def _in_worker(chunk: _Chunk) -> tuple[bytes, SourceReport]:
+def _in_worker(chunk: Chunk) -> tuple[bytes, SourceReport]:
     return prepare_chunk(_worker_state[0], _worker_state[1], chunk)
 
 
-def prepare_chunk(preparer: Preparer, empty: SourceReport, chunk: _Chunk) -> tuple[bytes, SourceReport]:
+def prepare_chunk(preparer: Preparer, empty: SourceReport, chunk: Chunk) -> tuple[bytes, SourceReport]:
     """One chunk of rows as an Arrow stream of its examples, and its counts."""
     import pyarrow as pa
 
@@ -327,7 +338,7 @@ def write_raw(folder: Path, rows: Callable[[], Iterator[RawRow]]) -> Any:
             pa.OSFile(str(building / "rows.arrow"), "wb") as sink,
             pa.ipc.new_stream(sink, schema) as stream,
         ):
-            for _, chunk in _chunks(rows()):
+            for _, chunk in chunks_of(rows()):
                 columns = zip(*map(pack_raw, chunk), strict=True)
                 arrays = [
                     pa.array(column, type=field.type) for column, field in zip(columns, schema, strict=True)

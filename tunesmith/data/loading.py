@@ -23,6 +23,7 @@ from tunesmith.config import Config, SourceConfig
 from tunesmith.config.schema import Format
 from tunesmith.data import cache
 from tunesmith.data.blocks import blocks_of_sources
+from tunesmith.data.cache import Progress
 from tunesmith.data.decode import decode
 from tunesmith.data.formats import detect_format
 from tunesmith.data.prepare import PrepareOptions, Preparer
@@ -35,6 +36,23 @@ from tunesmith.errors import DataError
 _SAMPLE_ROWS = 32  # looked at to find the format
 _PARALLEL_FROM_BYTES = 16 * 2**20
 Say = Callable[[str], None]
+# Prepares a source that is not in the cache: (source, config, how to make a Preparer, report that takes the
+# counts, what is told of rows done, folder for the shards).
+Engine = Callable[[SourceConfig, Config, Callable[[], Preparer], SourceReport, Progress, Path], None]
+
+
+def local_engine(
+    source: SourceConfig,
+    config: Config,
+    make_preparer: Callable[[], Preparer],
+    report: SourceReport,
+    progress: Progress,
+    folder: Path,
+) -> None:
+    """Prepares in `data.workers` processes of this machine."""
+    rows = iter_rows(source, max_row_bytes=config.data.max_row_bytes)
+    workers = _workers(config, source)
+    cache.write_here(folder, rows, make_preparer, report, workers=workers, progress=progress)
 
 
 @dataclass
@@ -91,18 +109,26 @@ class Data:
         }
 
 
-def load_data(config: Config, tokenizer: Any, say: Say = lambda _: None) -> Data:
-    """Rows of `data.train` and `data.valid`.
+def load_data(
+    config: Config, tokenizer: Any, say: Say = lambda _: None, engine: Engine = local_engine
+) -> Data:
+    """Rows of `data.train` and `data.valid`; `engine` prepares cached rows that are not in the cache.
 
     Raises DataError for what cannot be read or trained on, TemplateError where exact masks are impossible."""
-    load = {"cached": _load_cached, "lazy": _load_lazy, "streaming": _load_streaming}[config.data.loading]
+    cached = partial(_load_cached, engine=engine)
+    ways: dict[str, Callable[..., RowSet]] = {
+        "cached": cached,
+        "lazy": _load_lazy,
+        "streaming": _load_streaming,
+    }
+    load = ways[config.data.loading]
     sources = config.data.train
     train = load(sources, config, tokenizer, say)
     if isinstance(config.data.valid, float):
         data = Data(*_split(train, config.data.valid, config.run.seed))
     elif config.data.valid is not None:
         # Validation is small, and is gone through again and again: always cached.
-        data = Data(train, _load_cached(config.data.valid, config, tokenizer, say))
+        data = Data(train, cached(config.data.valid, config, tokenizer, say))
     else:
         data = Data(train, None)
     if not data.train.num_rows:
@@ -247,20 +273,23 @@ def _tell_now_and_then(path: str, say: Say) -> Callable[[int], None]:
     return add
 
 
-def _cache_dir(config: Config) -> Path:
+def cache_dir(config: Config) -> Path:
+    """Where prepared data lies."""
     return Path(config.data.cache_dir) if config.data.cache_dir else cache.default_cache_dir()
 
 
 # --- cached
 
 
-def _load_cached(sources: list[SourceConfig], config: Config, tokenizer: Any, say: Say) -> RowSet:
+def _load_cached(
+    sources: list[SourceConfig], config: Config, tokenizer: Any, say: Say, engine: Engine
+) -> RowSet:
     from datasets import concatenate_datasets
 
     datasets, reports, bounds, starts = [], [], [], [np.zeros(1, dtype=np.int64)]
     num_rows = num_examples = 0
     for source in sources:
-        rows, options, report = open_source(source, config, say)
+        _, options, report = open_source(source, config, say)
         report.fingerprint = _fingerprint(source)
         key = cache.cache_key(
             report.fingerprint or "hub",
@@ -271,14 +300,16 @@ def _load_cached(sources: list[SourceConfig], config: Config, tokenizer: Any, sa
             on_bad_row=config.data.on_bad_row,
             max_row_bytes=config.data.max_row_bytes,
         )
-        prepared = cache.open_or_prepare(
-            _cache_dir(config) / key,
-            rows,
+        write = partial(
+            engine,
+            source,
+            config,
             partial(Preparer, tokenizer, options),
             report,
-            workers=_workers(config, source),
-            refuse_bad_rows=config.data.on_bad_row == "error",
-            progress=_tell_now_and_then(source.path, say),
+            _tell_now_and_then(source.path, say),
+        )
+        prepared = cache.open_or_prepare(
+            cache_dir(config) / key, write, report, refuse_bad_rows=config.data.on_bad_row == "error"
         )
         datasets.append(prepared.dataset)
         reports.append(prepared.report)
@@ -328,7 +359,7 @@ def _load_lazy(sources: list[SourceConfig], config: Config, tokenizer: Any, say:
         report.fingerprint = _fingerprint(source)
         key = report.fingerprint or "hub-" + source.path.replace("/", "--").replace(":", "--")
         key = f"raw-{key}-{config.data.max_row_bytes}-{source.sample_by}"
-        dataset = cache.write_raw(_cache_dir(config) / key, rows)
+        dataset = cache.write_raw(cache_dir(config) / key, rows)
         datasets.append(dataset)
         preparers.append(Preparer(tokenizer, options))
         reports.append(report)
