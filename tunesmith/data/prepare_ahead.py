@@ -71,6 +71,6 @@ def _tell(data: Data, config: Config, prepared: list[str], say: Say) -> None:
     unit = "rows" if train.block_size is None else "blocks"
     say(f"{train.num_rows:,} training {unit}, {num_valid:,} validation rows")
     say(
-        f"{len(prepared)} of {len(reports)} sources prepared now, the others were there; "
+        f"{len(prepared)} of {len(reports)} sources prepared now, {len(reports) - len(prepared)} found; "
         f"`tunesmith {config.run.recipe}` finds them in {cache_dir(config)}"
     )
