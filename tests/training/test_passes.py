@@ -1,7 +1,5 @@
 """The size of passes: chosen from memory and from what rows share, and kept when a run goes on."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,7 @@ from tiny import make_tiny_model
 
 import tunesmith
 from tunesmith.config import load_config
+from tunesmith.data.loading import RowSet
 from tunesmith.models.adapt import build_model
 from tunesmith.training import passes
 from tunesmith.training.passes import Need, choose_recomputing, plan_passes
@@ -38,7 +37,7 @@ def rows_of(tokens):
     rows = object.__new__(passes.CachedRows)
     rows.token_chunks = lambda: ([(values, offsets)], None)
     starts = np.arange(len(tokens) + 1)
-    return SimpleNamespace(rows=rows, lengths=lengths, row_starts=starts, bounds=[(0, len(tokens), 1.0)])
+    return RowSet(rows, lengths, starts, [(0, len(tokens), 1.0)], [])
 
 
 def planned(model_folder, model, tokens, *, before=None, **train):
