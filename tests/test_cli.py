@@ -90,6 +90,11 @@ def config(model: Path, tmp_path: Path) -> Path:
 # --- help, version, schema
 
 
+def test_the_rank_that_the_deepspeed_launcher_adds_is_passed_over(capsys):
+    assert cli.main(["--local_rank=1", "schema"]) == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "tunesmith config"
+
+
 def test_help_answers_in_less_than_three_tenths_of_a_second() -> None:
     pairs = [(seconds([sys.executable, "-c", ""]), seconds([TUNESMITH, "--help"])) for _ in range(5)]
     bare, whole = (statistics.median(times) for times in zip(*pairs, strict=True))

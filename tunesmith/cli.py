@@ -81,6 +81,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     """The options of one verb. What argparse leaves over are overrides, wherever they stand; one written with
     dashes is refused by the config, with how to write it."""
     parser, verbs = _parser()
+    # The deepspeed launcher says it so, too; the environment does.
+    arguments = [argument for argument in arguments if not argument.startswith("--local_rank=")]
     first = next((argument for argument in arguments if not argument.startswith("-")), None)
     if first is not None and first not in verbs:
         near = difflib.get_close_matches(first, verbs, n=1, cutoff=0.5)
