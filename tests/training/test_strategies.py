@@ -241,6 +241,7 @@ def test_a_step_left_out_is_left_out_by_every_rank(driver: Driver, folder: Path)
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
+        ({"distributed": {"strategy": "zero2", "offload": "all"}}, "zero2 none and optimizer"),
         ({"distributed": {"strategy": "zero3"}, "model": {"quantization": "nf4"}}, "Use ddp or zero2"),
         ({"distributed": {"strategy": "fsdp"}, "train": {"optimizer": "adafactor"}}, "Set it to adamw"),
         ({"distributed": {"strategy": "zero2"}, "train": {"on_bad_step": "skip"}}, "Set it to stop"),
