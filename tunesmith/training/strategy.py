@@ -224,8 +224,8 @@ def strategy_arguments(config: DistributedConfig) -> dict[str, Any]:
     if config.strategy == "fsdp":
         if config.offload == "all" and not torch.accelerator.is_available():
             raise ConfigError(
-                "distributed.offload=all has fsdp keep weights off the accelerator, and there is none here. Set "
-                "it to none."
+                "distributed.offload=all has fsdp keep weights off the accelerator, and there is none here. "
+                "Set it to none."
             )
         ours = {"version": 2, "cpu_offload": config.offload == "all"}
         return {"ddp_timeout": config.timeout_s, "fsdp": True, "fsdp_config": ours | settings}
