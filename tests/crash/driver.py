@@ -46,8 +46,8 @@ from tunesmith.training.trainer import PackTrainer
 OPERATIONS = ("make_folder", "write", "sync", "rename", "remove")
 # Methods of the trainer, and what is about to happen when they are called.
 _TRAINING = {"get_batch_samples": "rows", "compute_loss": "pass", "_get_grad_norm": "update"}
-# A run takes some 5 s (half a minute more where DeepSpeed compiles for the first time), and no rank outlives the
-# others by one: these are for what hangs.
+# A run takes some 5 s, half a minute more where DeepSpeed compiles for the first time, and no rank outlives
+# the others by one: these are for what hangs.
 _LONGEST_S, _LONGEST_ALONE_S = 400.0, 20.0
 
 
