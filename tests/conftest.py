@@ -6,6 +6,7 @@ chat_tokenizer     function: the name of a shared chat template -> tiny tokenize
 shared             the folder ../shared of the repository; skips where there is none
 qwen_tokenizer     the real Qwen2.5 tokenizer, with its own template
 qwen_with          function like chat_tokenizer, on the real Qwen2.5 vocabulary
+driver             starts runs in processes of their own, of several ranks too (crash/driver.py)
 demo_model         folder of SmolLM2-135M-Instruct, as `tunesmith demo-model` makes it
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,12 @@ def demo_model() -> Path:
     if not (folder / "tokenizer.json").is_file():
         pytest.skip(f"the demo model is not at {folder}; make it with `tunesmith demo-model`")
     return folder
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    from crash.harness import Driver
+
+    driver = Driver()
+    yield driver
+    driver.close()

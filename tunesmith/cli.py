@@ -119,12 +119,12 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     sft = verbs.add_parser(
         "sft", parents=[common], help="supervised fine-tuning", description="Supervised fine-tuning."
     )
-    sft.set_defaults(run=_sft)
+    sft.set_defaults(run=_train)
 
     pretrain = verbs.add_parser(
         "pretrain", parents=[common], help="pretraining on text", description="Pretraining on text."
     )
-    pretrain.set_defaults(run=_pretrain)
+    pretrain.set_defaults(run=_train)
     for recipe in (sft, pretrain):
         _add_config(recipe)
         recipe.add_argument(
@@ -295,35 +295,22 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _sft(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> None:
+    """The recipe of this name."""
     from tunesmith.training.startup import Startup
 
     startup = Startup()
     from tunesmith.config import load_config
 
     # Seconds before torch is there to complain.
-    config = load_config(options.config, options.overrides, recipe="sft")
+    config = load_config(options.config, options.overrides, recipe=options.verb)
     startup.mark("config")
     _quiet_libraries()
-    from tunesmith.recipes.sft import sft
+    import tunesmith
 
+    recipe = getattr(tunesmith, options.verb)
     startup.mark("imports")
-    sft(config, startup=startup if options.profile_startup else None)
-
-
-def _pretrain(options: argparse.Namespace) -> None:
-    from tunesmith.training.startup import Startup
-
-    startup = Startup()
-    from tunesmith.config import load_config
-
-    config = load_config(options.config, options.overrides, recipe="pretrain")
-    startup.mark("config")
-    _quiet_libraries()
-    from tunesmith.recipes.pretrain import pretrain
-
-    startup.mark("imports")
-    pretrain(config, startup=startup if options.profile_startup else None)
+    recipe(config, startup=startup if options.profile_startup else None)
 
 
 def _launch(options: argparse.Namespace) -> int:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,13 +28,6 @@ from crash.harness import (
 
 from tunesmith.training.run_folder import read_metrics
 from tunesmith.training.state_files import read_state
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    driver = Driver()
-    yield driver
-    driver.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+import statistics
 from pathlib import Path
 
 import pytest
@@ -35,13 +35,6 @@ needs_deepspeed = pytest.mark.skipif(
 
 def each(strategies: list[str]) -> list:
     return [pytest.param(s, marks=needs_deepspeed if s.startswith("zero") else ()) for s in strategies]
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    driver = Driver()
-    yield driver
-    driver.close()
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +228,13 @@ def test_a_step_left_out_is_left_out_by_every_rank(driver: Driver, folder: Path)
     assert skipped
     bad = json.loads((run / "bad_step.json").read_text())["steps"]
     assert [step["step"] for step in bad] == skipped
+    counted = {line["step"]: line["loss"] for line in lines if "loss" in line and line["step"] not in skipped}
+    for step in bad:  # over the median of those before it that counted, and no other step was
+        assert step["loss"] > statistics.median(loss for at, loss in counted.items() if at < step["step"])
+    for at, loss in list(counted.items())[16:]:
+        assert loss <= 1.0000001 * statistics.median(
+            other for before, other in counted.items() if before < at
+        )
     assert {row["rank"] for row in bad[0]["rows"]} == {0, 1}
 
 

@@ -81,6 +81,18 @@ class RowSet:
             return None
         return float(self.lengths.sum(dtype=np.int64) / (self.num_rows * self.block_size))
 
+    @property
+    def unit(self) -> str:
+        """What a row is called."""
+        return "rows" if self.block_size is None else "blocks"
+
+    def lines(self) -> Iterator[str]:
+        """The account of it, for a reader."""
+        for report in self.reports:
+            yield from report.lines()
+        if self.fill is not None:
+            yield f"{self.num_rows:,} blocks of {self.block_size:,} tokens, {100 * self.fill:.1f} % full"
+
 
 @dataclass
 class Data:

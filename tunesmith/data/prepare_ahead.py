@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tunesmith.config import Config, SourceConfig
-from tunesmith.data.cache import Progress
-from tunesmith.data.loading import Data, Engine, cache_dir, load_data, local_engine
-from tunesmith.data.prepare import Preparer
+from tunesmith.data.loading import Data, cache_dir, load_data, local_engine
 from tunesmith.data.ray_engine import ray_cluster, ray_engine
-from tunesmith.data.report import SourceReport
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.errors import ConfigError
 
@@ -39,37 +34,24 @@ def prepare_ahead(
         if engine == "ray"
         else (local_engine, nullcontext())
     )
+
+    def noting(source: SourceConfig, *rest: Any) -> None:
+        chosen(source, *rest)
+        prepared.append(source.path)
+
     with cluster:
-        data = load_data(config, load_tokenizer(config), say, partial(_noting, chosen, prepared))
+        data = load_data(config, load_tokenizer(config), say, noting)
     _tell(data, config, prepared, say)
     return data
 
 
-def _noting(
-    engine: Engine,
-    prepared: list[str],
-    source: SourceConfig,
-    config: Config,
-    make_preparer: Callable[[], Preparer],
-    report: SourceReport,
-    progress: Progress,
-    folder: Path,
-) -> None:
-    """`engine`, with the source's path put down in `prepared` when it is done."""
-    engine(source, config, make_preparer, report, progress, folder)
-    prepared.append(source.path)
-
-
 def _tell(data: Data, config: Config, prepared: list[str], say: Say) -> None:
-    reports = [*data.train.reports, *(data.valid.reports if data.valid else [])]
-    for report in reports:
-        for line in report.lines():
+    train, valid = data.train, data.valid
+    for rows in (train, valid) if valid else (train,):
+        for line in rows.lines():
             say(line)
-    train, num_valid = data.train, data.valid.num_rows if data.valid else 0
-    if train.fill is not None:
-        say(f"{train.num_rows:,} blocks of {train.block_size:,} tokens, {100 * train.fill:.1f} % full")
-    unit = "rows" if train.block_size is None else "blocks"
-    say(f"{train.num_rows:,} training {unit}, {num_valid:,} validation rows")
+    say(f"{train.num_rows:,} training {train.unit}, {valid.num_rows if valid else 0:,} validation rows")
+    reports = [*train.reports, *(valid.reports if valid else [])]
     say(
         f"{len(prepared)} of {len(reports)} sources prepared now, {len(reports) - len(prepared)} found; "
         f"`tunesmith {config.run.recipe}` finds them in {cache_dir(config)}"

@@ -81,7 +81,9 @@ class Checkpoint:
 
 
 def write_files(folder: Path, files: Files) -> dict[str, tuple[int, str]]:
-    """Write files and force them to disk; returns size and SHA-256 of each."""
+    """Write files and force them to disk; returns size and SHA-256 of each. Raises OSError if there is not so
+    much room, before anything is written."""
+    durable_files.refuse_full_disk(folder, sum(map(len, files.values())))
     return {
         name: durable_files.write(
             folder / name, [content] if isinstance(content, bytes) else content.chunks()
@@ -97,18 +99,14 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def begin(self, step: int, num_bytes: int = 0) -> Path:
-        """An empty folder to write a step into, as many ranks as have a share of it.
-
-        Raises OSError if there is not so much room."""
+    def begin(self, step: int) -> None:
+        """Make an empty folder to write a step into, for as many ranks as have a share of it."""
         if not self.folder.exists():
             durable_files.make_folder(self.folder)
             durable_files.sync(self.folder.parent)
-        durable_files.refuse_full_disk(self.folder, num_bytes)
         building = durable_files.temporary(self.folder_of(step))
         durable_files.remove(building)
         durable_files.make_folder(building)
-        return building
 
     def write(
         self,
@@ -127,7 +125,7 @@ class Checkpoints:
         final = self.folder_of(step)
         building = durable_files.temporary(final)
         if others is None:
-            self.begin(step, sum(map(len, files.values())))
+            self.begin(step)
         try:
             written = write_files(building, files)
             if others is not None:

@@ -397,13 +397,10 @@ class Session:
                 model, self.plan.tokens_of(self.trainer.args.max_steps), is_known=is_known
             ):
                 say(line)
-        for report in train.reports:
-            for line in report.lines():
-                say(line)
+        for line in train.lines():
+            say(line)
         passes = "one pass" if self.plan.passes == 1 else f"{self.plan.passes} passes"
-        unit = "rows" if train.block_size is None else "blocks"
-        if train.fill is not None:
-            say(f"{train.num_rows:,} blocks of {train.block_size:,} tokens, {100 * train.fill:.1f} % full")
+        unit = train.unit
         say(
             f"{train.num_rows:,} training {unit}, {valid.num_rows if valid else 0:,} validation rows; "
             f"{self.trainer.args.max_steps:,} steps of {self.config.train.batch_size} {unit} in {passes}"

@@ -442,11 +442,11 @@ class PackTrainer(Trainer):
             if self.args.should_save:
                 self.saver.begin(step)
             self._wait_for_all(f"the save of step {step}")
-        files = self._large_files()
+        files = self._model_files()
         if self.args.should_save:
             self.saver.save(
                 step,
-                files | self._small_files(states),
+                files | self._other_files(states),
                 {
                     **self.facts,
                     "epoch": self.state.epoch,
@@ -474,10 +474,10 @@ class PackTrainer(Trainer):
     def _wait_for_all(self, what: str) -> None:
         wait_for_all(what, self.args.ddp_timeout)
 
-    def _large_files(self) -> Files:
-        """What this rank writes of weights and optimiser."""
+    def _model_files(self) -> Files:
+        """What this rank writes of model and optimiser."""
         rank, shards = self.args.process_index, self.strategy.num_shards
-        name, tensors, _ = checkpoint_weights(self.accelerator.unwrap_model(self.model))
+        name, tensors, config = checkpoint_weights(self.accelerator.unwrap_model(self.model))
         # PEFT reads an adapter from one file.
         parts = shards if name == WHOLE_MODEL else 1
         own = {}
@@ -486,7 +486,7 @@ class PackTrainer(Trainer):
             if i % parts == rank:
                 own[key] = whole if shards == 1 else whole.cpu()
         state = self.strategy.optimizer_state(self.optimizer, lambda i: i % shards == rank)
-        files: Files = {}
+        files: Files = {**config} if rank == 0 else {}
         if rank < parts:
             files[split_name(name, rank, parts)] = weights_file(own)
         if rank < shards:
@@ -495,12 +495,10 @@ class PackTrainer(Trainer):
             files[f"{name}.index.json"] = split_index(name, list(tensors), parts)
         return files
 
-    def _small_files(self, random_states: Sequence[Any]) -> Files:
-        _, _, config = checkpoint_weights(self.accelerator.unwrap_model(self.model))
+    def _other_files(self, random_states: Sequence[Any]) -> Files:
         self.state.stateful_callbacks["TrainerControl"] = self.control.state()
         progress = {**self.guard.state(), "rows": self.rows_report.as_dict(), "stream": self._stream}
         files: Files = {
-            **config,
             SCHEDULER: state_file(self.lr_scheduler.state_dict()),
             TRAINER_STATE: json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True).encode(),
             PROGRESS: json.dumps(progress, indent=2).encode(),
