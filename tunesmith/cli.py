@@ -358,7 +358,7 @@ def _preview(options: argparse.Namespace) -> None:
 
 def _chat(options: argparse.Namespace) -> None:
     _quiet_libraries()
-    from tunesmith.inspect.chat import chat
+    from tunesmith.inference.chat import chat
 
     chat(options.model, system=options.system, max_new_tokens=options.max_new_tokens)
 

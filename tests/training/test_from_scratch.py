@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tunesmith
+from tunesmith.artifacts.found import find_model
+from tunesmith.artifacts.tuned import load_tuned
 from tunesmith.errors import Interrupted, ModelError
-from tunesmith.inspect.chat import find_model, load_talker, run_config
 from tunesmith.training.run_folder import read_metrics
 
 SIZES = {
@@ -142,8 +143,8 @@ def test_what_a_run_from_scratch_leaves_loads_in_stock_transformers_and_chats(sc
     assert "base_model" not in card
     assert "trained from random weights (seed 3)" in card
     assert "licence" not in card
-    talker = load_talker(find_model(str(result.run)), None, 5, run_config(str(result.run)))
-    assert talker.model.config.vocab_size == 320
+    tuned = load_tuned(find_model(str(result.run), print), print)
+    assert tuned.model.config.vocab_size == 320
     # and `model.path` goes on from it
     further = scratch(run={"name": "further"}, adapter={"method": "none"})
     further["model"] = {"path": str(result.final), "dtype": "float32"}

@@ -15,9 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from tunesmith.artifacts import tuned as tuned_module
+from tunesmith.artifacts.found import Found, find_model
+from tunesmith.artifacts.tuned import Tuned, load_tuned
 from tunesmith.errors import ModelError, TemplateError
-from tunesmith.inspect import chat as chat_module
-from tunesmith.inspect.chat import Found, chat, find_model
+from tunesmith.inference import chat as chat_module
+from tunesmith.inference.chat import begin, chat
 
 QUESTION = "one two?"
 
@@ -50,7 +53,7 @@ def adapter_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random weights decide between near ties; in bfloat16 a kernel could decide otherwise."""
-    monkeypatch.setattr(chat_module, "compute_dtype", lambda _: (torch.float32, "for the test"))
+    monkeypatch.setattr(tuned_module, "compute_dtype", lambda _: (torch.float32, "for the test"))
 
 
 @pytest.fixture
@@ -66,6 +69,10 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return printed.out, printed.err
 
     return run
+
+
+def load(name: Path) -> Tuned:
+    return load_tuned(find_model(str(name), print), print)
 
 
 def greedy(model: Any, folder: Path, messages: list[dict[str, str]], number: int = 8) -> str:
@@ -124,10 +131,12 @@ def test_a_run_answers_with_its_best_and_without_one_with_its_final(
     adapter_folder: Path, model_folder: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(adapter_folder, tmp_path / "run" / "final")
-    assert find_model(str(tmp_path / "run")) == Found(str(model_folder), tmp_path / "run" / "final")
+    assert find_model(str(tmp_path / "run"), print) == Found(str(model_folder), tmp_path / "run" / "final")
     shutil.copytree(adapter_folder, tmp_path / "run" / "best")
-    assert find_model(str(tmp_path / "run")) == Found(str(model_folder), tmp_path / "run" / "best")
-    assert find_model(str(tmp_path / "run" / "final")) == Found(str(model_folder), tmp_path / "run" / "final")
+    assert find_model(str(tmp_path / "run"), print) == Found(str(model_folder), tmp_path / "run" / "best")
+    assert find_model(str(tmp_path / "run" / "final"), print) == Found(
+        str(model_folder), tmp_path / "run" / "final"
+    )
 
 
 def test_the_adapters_own_generation_config_ends_the_answer(
@@ -167,12 +176,11 @@ def test_sampling_is_used_and_named_where_the_folder_asks_for_it(
 
 
 def test_a_control_string_in_a_question_is_plain_text(model_folder: Path) -> None:
-    talker = chat_module.load_talker(Found(str(model_folder)), None, 4)
-    talker.messages.append(user("a<|im_end|>b"))
-    ids = talker.prompt_ids()
+    messages = [user("a<|im_end|>b")]
+    ids = load(model_folder).prompt_ids(messages)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
-        talker.messages, add_generation_prompt=True, tokenize=False
+        messages, add_generation_prompt=True, tokenize=False
     )
     # One <|im_end|> is the template's; served naively there would be two.
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
@@ -181,28 +189,24 @@ def test_a_control_string_in_a_question_is_plain_text(model_folder: Path) -> Non
 def test_ctrl_c_stops_the_answer_and_not_the_program(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    talker = chat_module.load_talker(Found(str(model_folder)), None, 8)
-    whole = greedy(talker.model, model_folder, [user(QUESTION)])
-    forward, calls = talker.model.forward, iter(range(100))
+    tuned = load(model_folder)
+    model, tokenizer = tuned.model, tuned.tokenizer
+    whole = greedy(model, model_folder, [user(QUESTION)])
+    forward, calls = model.forward, iter(range(100))
 
     def interrupted(*args: Any, **options: Any) -> Any:
         if next(calls) == 3:
             raise KeyboardInterrupt
         return forward(*args, **options)
 
-    monkeypatch.setattr(talker.model, "forward", interrupted)
+    monkeypatch.setattr(model, "forward", interrupted)
     lines: Iterator[str] = iter([QUESTION, "/reset", QUESTION])
     capsys.readouterr()
-    chat_module._converse(talker, lines, is_terminal=True)
+    chat_module._converse(begin(tuned, None, 8), lines, is_terminal=True)
     printed = capsys.readouterr()
-    tokenizer = talker.tokenizer
-    prompt = (
-        talker.encoder
-        and tokenizer.apply_chat_template([user(QUESTION)], add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-    )
-    three = talker.model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=3)[0, len(prompt) :]
+    asked = tokenizer.apply_chat_template([user(QUESTION)], add_generation_prompt=True, return_dict=True)
+    prompt = asked["input_ids"]
+    three = model.generate(input_ids=torch.tensor([prompt]), max_new_tokens=3)[0, len(prompt) :]
     assert printed.out == shown([tokenizer.decode(three, skip_special_tokens=True), whole])
     assert "stopped" in printed.err
 
@@ -224,13 +228,13 @@ def test_a_folder_without_a_model_lists_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     (tmp_path / "old").mkdir()
     with pytest.raises(ModelError, match=r"holds no model: .*; found notes\.txt, old/\.$"):
-        find_model(str(tmp_path))
+        find_model(str(tmp_path), print)
 
 
 def test_a_run_that_saved_nothing_is_said_to_be_one(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     with pytest.raises(ModelError, match="It is a run that has saved nothing yet"):
-        find_model(str(tmp_path))
+        find_model(str(tmp_path), print)
 
 
 def test_a_path_that_is_not_there_names_near_ones_and_a_hub_id_is_left_to_the_hub(
@@ -239,16 +243,16 @@ def test_a_path_that_is_not_there_names_near_ones_and_a_hub_id_is_left_to_the_hu
     (tmp_path / "runs" / "alpaca").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=r"there is no such folder\. Near names in runs: alpaca\."):
-        find_model("runs/alpacca")
-    assert find_model("Qwen/Qwen2.5-0.5B-Instruct") == Found("Qwen/Qwen2.5-0.5B-Instruct")
+        find_model("runs/alpacca", print)
+    assert find_model("Qwen/Qwen2.5-0.5B-Instruct", print) == Found("Qwen/Qwen2.5-0.5B-Instruct")
 
 
 def test_a_file_and_a_broken_adapter_are_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}), encoding="utf-8")
     with pytest.raises(ModelError, match="names no base model"):
-        find_model(str(tmp_path))
+        find_model(str(tmp_path), print)
     with pytest.raises(ModelError, match="is a file; expected the folder"):
-        find_model(str(tmp_path / "adapter_config.json"))
+        find_model(str(tmp_path / "adapter_config.json"), print)
 
 
 def test_a_base_that_has_moved_is_named(adapter_folder: Path, tmp_path: Path) -> None:
@@ -281,9 +285,8 @@ def test_a_run_is_served_with_its_system_prompt_and_its_positions(
     }
     (run / "config.yaml").write_text(yaml.safe_dump(values))
     for name in (run, run / "final"):
-        config = chat_module.run_config(str(name))
-        talker = chat_module.load_talker(find_model(str(name)), None, 4, config)
-        assert talker.system == "be brief"
-        assert talker.model.config.rope_parameters["factor"] == 2
-        assert chat_module.load_talker(find_model(str(name)), "mine", 4, config).system == "mine"
-    assert chat_module.run_config(str(model_folder)) is None
+        tuned = load(name)
+        assert tuned.model.config.rope_parameters["factor"] == 2
+        assert begin(tuned, None, 4).system == "be brief"
+        assert begin(tuned, "mine", 4).system == "mine"
+    assert find_model(str(model_folder), print).run is None

@@ -1,0 +1,94 @@
+"""Where a tuned model lies: in the folder of a run, of an adapter or of a model, or on the hub."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tunesmith.config import Config, load_config
+from tunesmith.errors import ConfigError, ModelError
+
+Say = Callable[[str], None]
+_PARTS = ("best", "final")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a name led to: the `base` model's folder or hub id, the folder of an adapter on it, if any, and
+    the config of the `run` that made it, if a run did."""
+
+    base: str
+    adapter: Path | None = None
+    run: Config | None = None
+
+    @property
+    def home(self) -> str:
+        """Where its tokenizer and generation settings are, if it has its own."""
+        return str(self.adapter) if self.adapter else self.base
+
+
+def find_model(name: str, say: Say) -> Found:
+    """Where the model lies: of a run `best/` if it has one, else `final/`; of an adapter or model its folder.
+    What is no folder, nor looks like one, is a hub id.
+
+    Raises ModelError, with what is there, if the folder holds no model."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise ModelError(f"{name} is a file; expected the folder of a run, an adapter or a model.")
+    if not path.is_dir():
+        is_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+        if is_local or ("/" in name and path.parent.is_dir()):
+            raise ModelError(f"{name}: there is no such folder.{_near(path)}")
+        return Found(name)
+    folder = next((path / part for part in _PARTS if (path / part).is_dir()), path)
+    return replace(_model_in(folder), run=_run_config(path, say))
+
+
+def _run_config(path: Path, say: Say) -> Config | None:
+    """The config of the run that a run folder, its best/ or its final/ belongs to; None for any other model.
+
+    A config that no longer loads (its template file is gone, say) is passed over with a word."""
+    for folder in (path, path.parent):
+        if (folder / "config.yaml").is_file() and any((folder / part).is_dir() for part in _PARTS):
+            try:
+                return load_config(folder / "config.yaml")
+            except ConfigError as error:
+                say(f"without the run's own settings: {first_line(error)}")
+    return None
+
+
+def _near(path: Path) -> str:
+    names = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=3)
+    return f" Near names in {path.parent}: {', '.join(near)}." if near else ""
+
+
+def _model_in(folder: Path) -> Found:
+    if (folder / "adapter_config.json").is_file():
+        from peft import PeftConfig
+
+        try:
+            base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+        except (ValueError, TypeError, KeyError) as error:
+            raise ModelError(f"{folder}/adapter_config.json cannot be read: {first_line(error)}") from error
+        if not base:
+            raise ModelError(f"{folder}/adapter_config.json names no base model (base_model_name_or_path).")
+        return Found(str(base), folder)
+    if (folder / "config.json").is_file():
+        return Found(str(folder))
+    content = sorted(item.name + "/" * item.is_dir() for item in folder.iterdir())
+    listing = ", ".join(content[:12]) + (f" and {len(content) - 12} more" if len(content) > 12 else "")
+    hint = ""
+    if (folder / "config.yaml").is_file():
+        hint = " It is a run that has saved nothing yet: best/ and final/ are missing."
+    raise ModelError(
+        f"{folder} holds no model: expected adapter_config.json or config.json, or a run's best/ or final/; "
+        f"found {listing or 'nothing'}.{hint}"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says went wrong, without what it says around it."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
