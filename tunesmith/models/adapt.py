@@ -13,20 +13,25 @@ from tunesmith.config import AdapterConfig, Config
 from tunesmith.errors import ModelError
 from tunesmith.models.devices import steady_memory
 from tunesmith.models.fuse import PIECES, fuse
+from tunesmith.models.held import EVERYWHERE, Held
 from tunesmith.models.load import load_model
 
 
 def build_model(
-    config: Config, tokenizer: Any, say: Callable[[str], None], pieces: Collection[str] = PIECES
+    config: Config,
+    tokenizer: Any,
+    say: Callable[[str], None],
+    pieces: Collection[str] = PIECES,
+    held: Held = EVERYWHERE,
 ) -> Any:
     """The model of the config, loaded, adapted, and its `pieces` fused (fuse.py); adapters are drawn from
-    `run.seed`."""
+    `run.seed`. A rank that is not to hold the weights has the same model without them."""
     from transformers import set_seed
 
     steady_memory()
     set_seed(config.run.seed)
-    model = adapt_model(load_model(config, tokenizer, say), config, tokenizer)
-    fuse(model, pieces)
+    model = adapt_model(load_model(config, tokenizer, say, held), config, tokenizer)
+    fuse(model, pieces, held)
     return model
 
 

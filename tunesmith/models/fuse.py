@@ -29,20 +29,22 @@ from tunesmith.models.fused.mlp import ACTIVATIONS, Activation, gated_mlp
 from tunesmith.models.fused.norm import rms_norm
 from tunesmith.models.fused.rotary import apply_rotary
 from tunesmith.models.head import LogitChange, prediction_losses
+from tunesmith.models.held import EVERYWHERE, Held
 
 PIECES = ("head", "lora", "block")
 
 
-def fuse(model: Any, pieces: Collection[str] = PIECES) -> None:
-    """Replace what can be replaced in `model` (a transformers model, or PEFT's around one)."""
+def fuse(model: Any, pieces: Collection[str] = PIECES, held: Held = EVERYWHERE) -> None:
+    """Replace what can be replaced in `model` (a transformers model, or PEFT's around one): the same on every
+    rank."""
     if "block" in pieces:
-        _fuse_norms(model)
+        _fuse_norms(model, held)
         _fuse_rotary(model)
-        _fuse_feed_forward(model)
+        _fuse_feed_forward(model, held)
     if "lora" in pieces:
         _fuse_linears(model)
     if "head" in pieces:
-        _fuse_head(model)
+        _fuse_head(model, held)
 
 
 # --- linear layers and LoRA
@@ -146,7 +148,7 @@ class _SharedInput:
 # --- feed-forward
 
 
-def _fuse_feed_forward(model: nn.Module) -> None:
+def _fuse_feed_forward(model: nn.Module, held: Held) -> None:
     for module in model.modules():
         layers: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
         if not all(isinstance(layer, nn.Module) and linear_parts(layer) for layer in layers):
@@ -156,7 +158,7 @@ def _fuse_feed_forward(model: nn.Module) -> None:
             continue
         fused = partial(_mlp_forward, module, module.forward, layers, activation)
         with _training(module, but=layers):
-            agrees = _agree(module.forward, fused, layers[0].in_features, layers[0].weight)
+            agrees = _agree(module.forward, fused, layers[0].in_features, layers[0].weight, held)
         if agrees:
             module.forward = fused
 
@@ -200,7 +202,7 @@ def _activation(function: Any) -> Activation | None:
 # --- norms and rotary embedding
 
 
-def _fuse_norms(model: nn.Module) -> None:
+def _fuse_norms(model: nn.Module, held: Held) -> None:
     for module in model.modules():
         weight = getattr(module, "weight", None)
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -210,7 +212,7 @@ def _fuse_norms(model: nn.Module) -> None:
             continue
         for offset in (0.0, 1.0):
             fused = partial(_norm_forward, module, eps, offset)
-            if _agree(module.forward, fused, weight.shape[0], weight):
+            if _agree(module.forward, fused, weight.shape[0], weight, held):
                 module.forward = fused
                 break
 
@@ -260,9 +262,17 @@ def _is_plain_rotary(stock: Callable[..., Any]) -> bool:
     )
 
 
-@torch.no_grad()
-def _agree(stock: Callable[[Tensor], Any], fused: Callable[[Tensor], Any], size: int, like: Tensor) -> bool:
+def _agree(
+    stock: Callable[[Tensor], Any], fused: Callable[[Tensor], Any], size: int, like: Tensor, held: Held
+) -> bool:
     """Whether both give the same for random input, within what bfloat16 rounds."""
+    return held.ask(lambda: _agree_here(stock, fused, size, like))
+
+
+@torch.no_grad()
+def _agree_here(
+    stock: Callable[[Tensor], Any], fused: Callable[[Tensor], Any], size: int, like: Tensor
+) -> bool:
     if like.device.type == "meta" or like.numel() == 0:
         return False
     x = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)[None]
@@ -322,7 +332,7 @@ def _inward(model: Any) -> Iterator[Any]:
         inner = inner.get_base_model() if is_adapted else vars(inner)["_modules"].get("module")
 
 
-def _fuse_head(model: Any) -> None:
+def _fuse_head(model: Any, held: Held) -> None:
     base: Any = list(_inward(model))[-1]
     module = base.get_output_embeddings()
     if not isinstance(module, nn.Module) or linear_parts(module) is None:
@@ -333,7 +343,7 @@ def _fuse_head(model: Any) -> None:
     module.forward = partial(_head_forward, module, module.forward, head, change)
     base.loss_function = partial(_head_loss, head, stock_loss)
     base._tunesmith_loss_head = head
-    if not _head_agrees(base, head):
+    if not held.ask(lambda: _head_agrees(base, head)):
         del base._tunesmith_loss_head
         module.forward, base.loss_function = stock_head, stock_loss
 
@@ -362,7 +372,7 @@ def _head_forward(
         if head.z_loss:
             nll = nll + head.z_loss * logits.logsumexp(-1).square()
         head.losses = nll * head.weights
-        return hidden.new_empty((*hidden.shape[:-2], 0, logits.shape[-1]))
+        return _no_logits(head.losses, hidden, logits.shape[-1])
     head.losses = prediction_losses(
         hidden.reshape(-1, hidden.shape[-1]),
         parts,
@@ -372,12 +382,21 @@ def _head_forward(
         label_smoothing=head.label_smoothing,
         z_loss=head.z_loss,
     )
-    # The model goes on to work on logits: there are none.
-    return hidden.new_empty((*hidden.shape[:-2], 0, parts.weight.shape[0]))
+    return _no_logits(head.losses, hidden, parts.weight.shape[0])
+
+
+def _no_logits(losses: Tensor, hidden: Tensor, vocabulary: int) -> Tensor:
+    """What the model goes on to work on: [..., 0, V], made of the losses."""
+    nothing = losses[:0, None].to(hidden.dtype).expand(0, vocabulary)
+    return nothing.reshape(*hidden.shape[:-2], 0, vocabulary).clone()  # FSDP2 wants no view
 
 
 def _head_loss(head: LossHead, stock: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    return stock(*args, **kwargs) if head.losses is None else head.losses
+    if head.losses is None:
+        return stock(*args, **kwargs)
+    # The sum of nothing is 0, and makes the loss depend on what the head gave: engines that share weights out
+    # put the head's together for the backward pass when it comes by its output.
+    return head.losses + (args[0] if args else kwargs["logits"]).sum()
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch import nn
 
 from tunesmith.config import Config
 from tunesmith.errors import ModelError
+from tunesmith.models.held import EVERYWHERE, Held, shape_of
 
 Say = Callable[[str], None]
 
@@ -32,7 +33,7 @@ _CANNOT_BE = (ValueError, LookupError, ImportError, RuntimeError, ArithmeticErro
 _STANDARD_STD = 0.02  # what transformers draws with where a config has no `initializer_range`
 
 
-def initialise_model(config: Config, tokenizer: Any, say: Say) -> Any:
+def initialise_model(config: Config, tokenizer: Any, say: Say, held: Held = EVERYWHERE) -> Any:
     """The causal LM of `model.config` and `model.config_changes` with random float32 weights, a function of
     torch's random state (which the caller seeds with `run.seed`).
 
@@ -42,8 +43,9 @@ def initialise_model(config: Config, tokenizer: Any, say: Say) -> Any:
     place = config.model.config
     model_config = scratch_config(config, tokenizer)
     options = {} if config.model.attention == "auto" else {"attn_implementation": config.model.attention}
+    make = AutoModelForCausalLM.from_config if held.here else shape_of
     try:
-        model = AutoModelForCausalLM.from_config(
+        model = make(
             model_config,
             dtype=torch.float32,
             trust_remote_code=config.model.trust_remote_code,
@@ -53,7 +55,7 @@ def initialise_model(config: Config, tokenizer: Any, say: Say) -> Any:
         raise ModelError(f"model.config={place}: no model can be made by it: {_short(error)}") from error
     _name_pad_token(model, tokenizer)
     say(f"model by {place} with random weights of seed {config.run.seed}: {_sizes(model)}")
-    if config.model.initialisation == "scaled":
+    if config.model.initialisation == "scaled" and held.here:
         try:
             scale_residual_projections(model, say)
         except _CANNOT_BE as error:

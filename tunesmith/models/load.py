@@ -15,6 +15,7 @@ from tunesmith.config import Config
 from tunesmith.errors import MissingExtraError, ModelError
 from tunesmith.models.attention_choice import set_attention
 from tunesmith.models.devices import compute_dtype
+from tunesmith.models.held import EVERYWHERE, Held, shape_of
 from tunesmith.models.initialise import initialise_model, scratch_config
 
 Say = Callable[[str], None]
@@ -22,7 +23,7 @@ _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _LOOKED_AT, _PLACE_BYTES = 64, 4096  # places of a weights file that its fingerprint covers
 
 
-def load_model(config: Config, tokenizer: Any, say: Say) -> Any:
+def load_model(config: Config, tokenizer: Any, say: Say, held: Held = EVERYWHERE) -> Any:
     """The causal LM of `model.path` or `model.config`, ready to be adapted: embeddings as large as the
     tokenizer, cache off.
 
@@ -30,17 +31,18 @@ def load_model(config: Config, tokenizer: Any, say: Say) -> Any:
     there is no such model, or its weights are pickles."""
     if config.model.is_from_scratch:
         dtype, why = compute_dtype(config.model)
-        model = initialise_model(config, tokenizer, say)
+        model = initialise_model(config, tokenizer, say, held)
         say(f"it is trained in {str(dtype).removeprefix('torch.')}: {why}")
     else:
-        model = _load_trained(config, tokenizer, say)
-    set_attention(model, config, say)
+        model = _load_trained(config, tokenizer, say, held)
+    held.finish(model)
+    set_attention(model, config, say, held)
     model.config.use_cache = False
     _freeze(model, config.model.freeze)
     return model
 
 
-def _load_trained(config: Config, tokenizer: Any, say: Say) -> Any:
+def _load_trained(config: Config, tokenizer: Any, say: Say, held: Held) -> Any:
     from transformers import AutoModelForCausalLM
 
     dtype, why = compute_dtype(config.model)
@@ -55,16 +57,21 @@ def _load_trained(config: Config, tokenizer: Any, say: Say) -> Any:
         options["attn_implementation"] = config.model.attention
     if config.model.quantization != "none":
         options["quantization_config"] = _quantization(config.model.quantization, dtype)
+    options |= {
+        "dtype": torch.float32 if is_trained else dtype,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.model.path,
-            config=model_config,
-            dtype=torch.float32 if is_trained else dtype,
-            use_safetensors=True,
-            trust_remote_code=config.model.trust_remote_code,
-            revision=config.model.revision,
-            **options,
-        )
+        if held.here:
+            model = AutoModelForCausalLM.from_pretrained(
+                config.model.path,
+                config=model_config,
+                use_safetensors=True,
+                revision=config.model.revision,
+                **options,
+            )
+        else:
+            model = shape_of(model_config, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path={config.model.path}: cannot be loaded: {_short(error)}") from error
     if config.model.quantization != "none":
@@ -72,7 +79,7 @@ def _load_trained(config: Config, tokenizer: Any, say: Say) -> Any:
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         say(f"embeddings grow from {rows} to {len(tokenizer)} rows for the tokens added to the tokenizer")
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=held.here)
     return model
 
 

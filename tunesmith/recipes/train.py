@@ -21,6 +21,7 @@ from tunesmith.training.run_folder import RunFolder
 from tunesmith.training.session import Session
 from tunesmith.training.startup import Startup
 from tunesmith.training.startup_report import StartupReport, cached_names, data_stage
+from tunesmith.training.strategy import who_holds
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,24 @@ def train(config: Config, startup: Startup | None) -> RunResult:
         data = load_data(config, tokenizer, progress.say)
         run.check_inputs(inputs(config, tokenizer, data), start, progress.say)
         startup.mark(data_stage(config, before))
-        model = build_model(config, tokenizer, progress.say)
+        held = who_holds(config)
+        model = build_model(config, tokenizer, progress.say, held=held)
         startup.mark("model load, adapter, fuse")
         card = partial(model_card, config, data, model)
         objective = partial(
             next_token_loss, label_smoothing=config.train.label_smoothing, z_loss=config.train.z_loss
         )
         session = Session(
-            config, run, tokenizer, data, model, progress, objective=objective, card=card, startup=startup
+            config,
+            run,
+            tokenizer,
+            data,
+            model,
+            progress,
+            objective=objective,
+            card=card,
+            startup=startup,
+            held=held,
         )
         if is_profiled:
             report = StartupReport(startup, progress.console, run.path / "startup.json")

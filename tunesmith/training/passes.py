@@ -18,6 +18,7 @@ from tunesmith.data.rows import CachedRows, StreamedRows
 from tunesmith.errors import ConfigError
 from tunesmith.models.cost import activation_bytes, optimizer_bytes
 from tunesmith.models.devices import default_device, free_memory_bytes
+from tunesmith.models.held import EVERYWHERE, Held
 from tunesmith.models.packable import Packing, possible_packing
 from tunesmith.packing.plan import RowSource, StepPlan, make_plan
 from tunesmith.packing.sharing import Sharing
@@ -44,11 +45,18 @@ class Passes:
 
 
 def plan_passes(
-    config: Config, rows: RowSet, model: Any, dtype: torch.dtype, *, before: int | None, say: Say
+    config: Config,
+    rows: RowSet,
+    model: Any,
+    dtype: torch.dtype,
+    *,
+    before: int | None,
+    say: Say,
+    held: Held = EVERYWHERE,
 ) -> Passes:
     """Decide for a run. `before`: the size of passes that this run had until it was stopped; it is kept,
     since another would round differently."""
-    packing = _packing(config, model, say)
+    packing = _packing(config, model, say, held)
     is_streamed_block = rows.block_size is not None and isinstance(rows.rows, StreamedRows)
     if packing == "none" and is_streamed_block and config.data.packing == "flat":
         raise ConfigError(
@@ -139,12 +147,12 @@ def _computed_tokens(plan: StepPlan) -> int:
     return sum(plan.pass_tokens(bin_) for step in steps for rank in plan.split(step) for bin_ in rank)
 
 
-def _packing(config: Config, model: Any, say: Say) -> Packing:
+def _packing(config: Config, model: Any, say: Say, held: Held) -> Packing:
     """What the config asks for, or as much of it as the model can do: the result of training is the same."""
     wanted = config.data.pass_packing
     if wanted == "none":
         return wanted
-    possible = possible_packing(model)
+    possible = held.ask(lambda: possible_packing(model))
     if possible == "none":
         say("documents in one pass would see each other in this model; each example runs by itself")
         return possible

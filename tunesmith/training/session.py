@@ -21,6 +21,7 @@ from tunesmith.errors import CheckpointError, Interrupted
 from tunesmith.models.adapt import count_parameters
 from tunesmith.models.cost import enable_gradient_checkpointing, size_lines, training_cost
 from tunesmith.models.devices import compute_dtype, matmul_flops_per_second
+from tunesmith.models.held import EVERYWHERE, Held
 from tunesmith.models.save import artifact_weights, write_artifact
 from tunesmith.packing.collate import collate_flat, collate_tree
 from tunesmith.training import durable_files
@@ -67,6 +68,7 @@ class Session:
         objective: Objective,
         card: Card,
         startup: Startup,
+        held: Held = EVERYWHERE,
     ) -> None:
         self.config, self.run, self.tokenizer, self.data = config, run, tokenizer, data
         self.progress, self._card, self._startup = progress, card, startup
@@ -74,7 +76,7 @@ class Session:
         self.stop_ids = stop_ids(data.train, tokenizer)
         self.asked = self._questions()
         passes = plan_passes(
-            config, data.train, model, self.dtype, before=run.pass_tokens_before, say=progress.say
+            config, data.train, model, self.dtype, before=run.pass_tokens_before, say=progress.say, held=held
         )
         startup.mark("packing probe, plan")
         self.config = config = passes.config
@@ -116,6 +118,7 @@ class Session:
             },
             lora_plus_ratio=config.adapter.lora_plus_ratio,
             strategy=config.distributed.strategy,
+            held=held,
             callbacks=[self._line],
         )
         self.data.drawn = self._drawn()

@@ -27,12 +27,16 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor
 
+from tunesmith.config import Config
 from tunesmith.config.schema import DistributedConfig
 from tunesmith.errors import ConfigError, MissingExtraError
+from tunesmith.models.held import Held
 
 State = dict[str, Any]
 # Whether this rank keeps tensor number i of all.
 Keeps = Callable[[int], bool]
+# The setting of FSDP by which the first rank hands out the weights.
+_FROM_FIRST = "cpu_ram_efficient_loading"
 
 
 class Strategy(Protocol):
@@ -227,7 +231,7 @@ def strategy_arguments(config: DistributedConfig) -> dict[str, Any]:
                 "distributed.offload=all has fsdp keep weights off the accelerator, and there is none here. "
                 "Set it to none."
             )
-        ours = {"version": 2, "cpu_offload": config.offload == "all"}
+        ours = {"version": 2, "cpu_offload": config.offload == "all", _FROM_FIRST: True}
         return {"ddp_timeout": config.timeout_s, "fsdp": True, "fsdp_config": ours | settings}
     if importlib.util.find_spec("deepspeed") is None:
         raise MissingExtraError(f"distributed.strategy={config.strategy}", "deepspeed", "deepspeed")
@@ -243,6 +247,16 @@ def strategy_arguments(config: DistributedConfig) -> dict[str, Any]:
         )
     engine = settings or _deepspeed_config(stage, config.offload)
     return {"ddp_timeout": config.timeout_s, "deepspeed": engine}
+
+
+def who_holds(config: Config) -> Held:
+    """Which ranks are to hold the weights until the engine shares them out: the first one, where it can."""
+    by_all = (
+        config.distributed.strategy not in ("fsdp", "zero3")
+        or config.model.quantization != "none"
+        or not _engine_settings(config.distributed).get(_FROM_FIRST, True)
+    )
+    return Held(by_all, by_all or PartialState().is_main_process)
 
 
 def _engine_settings(config: DistributedConfig) -> dict[str, Any]:
@@ -315,6 +329,49 @@ def sum_gradients_in_float32(plugin: Any) -> None:
     policy = plugin.mixed_precision_policy
     if policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32)
+
+
+def partition(model: Any, engine: dict[str, Any], *, here: bool) -> None:
+    """Share a model's parameters out as ZeRO-3 has them, one at a time, from the first rank, which has the
+    weights (`here`). DeepSpeed itself would first put the whole model on each rank's device.
+
+    `engine`: DeepSpeed's settings."""
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {
+            key: value for key, value in engine["zero_optimization"].items() if value != "auto"
+        },
+    }
+    formats = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = next((formats[key] for key in formats if engine.get(key, {}).get("enabled") is True), None)
+    first = None
+    for parameter in dict.fromkeys(model.parameters()):
+        if dtype is not None and parameter.is_floating_point():
+            # Memory that is not written to is not taken.
+            parameter.data = parameter.data.to(dtype) if here else torch.empty_like(parameter, dtype=dtype)
+        if first is None:
+            first = parameter
+            deepspeed.zero.Init(module=torch.nn.ParameterList([first]), config_dict_or_path=settings)
+        else:
+            first.convert_to_zero_parameters(param_list=[parameter])  # DeepSpeed gave it the method
+
+
+@contextlib.contextmanager
+def buffers_kept(model: Any) -> Iterator[None]:
+    """Keep buffers that are saved with a model (a router's biases, say) out of what accelerate 1.15 shares
+    out with FSDP: it takes each for a parameter."""
+    saved = [
+        (module, set(module._buffers) - module._non_persistent_buffers_set) for module in model.modules()
+    ]
+    for module, names in saved:
+        module._non_persistent_buffers_set |= names
+    try:
+        yield
+    finally:
+        for module, names in saved:
+            module._non_persistent_buffers_set -= names
 
 
 def keep_layers_whole(model: Any) -> None:

@@ -11,6 +11,7 @@ What differs from transformers' own Trainer, and why:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -33,6 +34,7 @@ from tunesmith.data.loading import RowSet
 from tunesmith.data.report import SourceReport
 from tunesmith.data.rows import CachedRows, JoinedRows, StreamedRows
 from tunesmith.errors import CheckpointError
+from tunesmith.models.held import EVERYWHERE, Held
 from tunesmith.models.save import (
     WHOLE_MODEL,
     checkpoint_weights,
@@ -63,8 +65,10 @@ from tunesmith.training.strategy import (
     Strategy,
     Whole,
     Zero,
+    buffers_kept,
     fsdp_on_cpu,
     keep_layers_whole,
+    partition,
     sum_gradients_in_float32,
 )
 
@@ -90,7 +94,7 @@ class PackTrainer(Trainer):
     """Trains `model` on `train_rows` in the order of `plan`, to lower `objective`; evaluates on `valid_rows`
     if there are any. `collate` makes a pack of rows; `decode` turns token ids into text, for the report of a
     bad step. `token_bytes` [V], where texts are evaluated, are the bytes a token stands for. `facts` are
-    written into the manifest of each checkpoint."""
+    written into the manifest of each checkpoint. `held`: which ranks have the weights."""
 
     optimizer: Any  # transformers declares these without a type
     lr_scheduler: Any
@@ -113,6 +117,7 @@ class PackTrainer(Trainer):
         facts: Mapping[str, Any],
         lora_plus_ratio: float = 1.0,
         strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp",
+        held: Held = EVERYWHERE,
         callbacks: Sequence[Any] = (),
     ) -> None:
         self.objective = objective
@@ -127,6 +132,7 @@ class PackTrainer(Trainer):
         self.guard = guard
         self.facts = facts
         self.lora_plus_ratio = lora_plus_ratio
+        self.held = held
         ranks = args.world_size
         self.strategy: Strategy = (
             Whole()
@@ -515,13 +521,20 @@ class PackTrainer(Trainer):
         """transformers would look for the engines' own checkpoints, and load by itself."""
         if isinstance(self.strategy, Zero) and self.strategy.stage == 3:
             keep_layers_whole(self.model)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        with buffers_kept(self.model) if self.is_fsdp_enabled else contextlib.nullcontext():
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             if self.strategy.is_shared_out:  # else it has been done, before the model was wrapped
                 self._load_from_checkpoint(resume_from_checkpoint)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
         return prepared
+
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """Called between the making of the optimiser, which looks at shapes, and DeepSpeed's preparation."""
+        if training and isinstance(self.strategy, Zero) and self.strategy.stage == 3:
+            partition(self.model, self.args.hf_deepspeed_config.config, here=self.held.here)
+        return super()._wrap_model(model, training, dataloader)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
