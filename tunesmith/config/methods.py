@@ -29,16 +29,20 @@ MethodName = Literal[
     "none",
 ]
 
-_PLAIN = ("none",)
-_ANY = ("none", "nf4", "int8")
-_EVERY_STRATEGY = ("ddp", "zero2", "fsdp", "zero3")
-_WHOLE_MODEL = ("ddp", "zero2")
+_EVERY_STRATEGY = ("ddp", "fsdp", "zero2", "zero3")
+_ONE_STRATEGY = ("ddp",)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way of tuning. `keys` are those of `adapter` that it reads, `defaults` their values where the
-    schema leaves them open; `no_merge` says why it cannot be folded into the base weights (empty: it can)."""
+    """One way of tuning.
+
+    keys                  of `adapter` that it reads; defaults: their values where the schema leaves them open
+    no_merge              why it cannot be folded into the base weights; empty: it can
+    packs                 whether several examples may lie in one pass
+    recomputes            whether it goes with gradient checkpointing
+    quantizable           whether the base may be quantised; needs_quantization: the one it is for
+    strategies            of `distributed.strategy` that it was tried with"""
 
     paper: str
     keys: tuple[str, ...]
@@ -46,57 +50,52 @@ class Method:
     learning_rate: float = 2e-4
     no_merge: str = ""
     packs: bool = True
-    quantizations: tuple[str, ...] = _ANY
-    strategies: tuple[str, ...] = _EVERY_STRATEGY
+    recomputes: bool = True
+    quantizable: bool = True
+    needs_quantization: str = ""
+    strategies: tuple[str, ...] = _ONE_STRATEGY
 
 
 _ON_MODULES = ("target_modules", "modules_to_save")
 _OF_LORA = ("r", "alpha", "dropout", *_ON_MODULES, "lora_plus_ratio", "trainable_tokens")
 _VIRTUAL = "its virtual tokens are put before every input; no weight of the base model could stand for them"
-_LORA_SIZE = {"r": 16, "alpha": 32.0}
+_LINEAR = {"target_modules": "all-linear"}
+_LORA_SIZE = {"r": 16, "alpha": 32.0, **_LINEAR}
+_PART_OF_WEIGHTS = {"r": 16, "alpha": 16.0, **_LINEAR}
 
 METHODS: dict[MethodName, Method] = {
-    "lora": Method("Hu et al. 2021, arXiv:2106.09685", _OF_LORA, _LORA_SIZE),
+    "lora": Method("Hu et al. 2021, arXiv:2106.09685", _OF_LORA, _LORA_SIZE, strategies=_EVERY_STRATEGY),
     "dora": Method("Liu et al. 2024, arXiv:2402.09353", _OF_LORA, _LORA_SIZE),
     "rslora": Method("Kalajdzievski 2023, arXiv:2312.03732", _OF_LORA, _LORA_SIZE),
-    "pissa": Method(
-        "Meng et al. 2024, arXiv:2404.02948", _OF_LORA, {"r": 16, "alpha": 16.0}, quantizations=_PLAIN
-    ),
+    "pissa": Method("Meng et al. 2024, arXiv:2404.02948", _OF_LORA, _PART_OF_WEIGHTS, quantizable=False),
     "loftq": Method(
         "Li et al. 2023, arXiv:2310.08659",
         _OF_LORA,
-        {"r": 16, "alpha": 16.0},
-        quantizations=("nf4",),
-        strategies=_WHOLE_MODEL,
+        _PART_OF_WEIGHTS,
+        needs_quantization="nf4",
     ),
-    "olora": Method(
-        "Büyükakyüz 2024, arXiv:2406.01775", _OF_LORA, {"r": 16, "alpha": 16.0}, quantizations=_PLAIN
-    ),
+    "olora": Method("Büyükakyüz 2024, arXiv:2406.01775", _OF_LORA, _PART_OF_WEIGHTS, quantizable=False),
     "adalora": Method(
         "Zhang et al. 2023, arXiv:2303.10512",
         ("r", "alpha", "dropout", *_ON_MODULES),
-        {"r": 8, "alpha": 32.0},
+        {"r": 8, "alpha": 32.0, **_LINEAR},
         learning_rate=1e-3,
-        strategies=("ddp",),
     ),
     "vera": Method(
         "Kopiczko et al. 2023, arXiv:2310.11454",
         ("r", "dropout", *_ON_MODULES),
-        {"r": 256},
+        {"r": 256, **_LINEAR},
         learning_rate=4e-3,
-        strategies=_WHOLE_MODEL,
     ),
     "oft": Method(
         "Qiu et al. 2023, arXiv:2306.07280; Liu et al. 2023, arXiv:2311.06243",
         ("block_size", "dropout", *_ON_MODULES),
-        {"block_size": 32},
-        strategies=_WHOLE_MODEL,
+        {"block_size": 32, **_LINEAR},
     ),
     "ia3": Method(
         "Liu et al. 2022, arXiv:2205.05638",
         _ON_MODULES,
         learning_rate=3e-3,
-        strategies=_WHOLE_MODEL,
     ),
     "bottleneck": Method(
         "Houlsby et al. 2019, arXiv:1902.00751",
@@ -104,7 +103,6 @@ METHODS: dict[MethodName, Method] = {
         {"r": 64},
         learning_rate=1e-3,
         no_merge="it has a non-linearity, which no matrix of the base model could stand for",
-        strategies=_WHOLE_MODEL,
     ),
     "prefix": Method(
         "Li and Liang 2021, arXiv:2101.00190",
@@ -113,7 +111,7 @@ METHODS: dict[MethodName, Method] = {
         learning_rate=5e-4,
         no_merge=_VIRTUAL,
         packs=False,
-        strategies=_WHOLE_MODEL,
+        recomputes=False,
     ),
     "prompt": Method(
         "Lester et al. 2021, arXiv:2104.08691",
@@ -122,7 +120,6 @@ METHODS: dict[MethodName, Method] = {
         learning_rate=3e-2,
         no_merge=_VIRTUAL,
         packs=False,
-        strategies=_WHOLE_MODEL,
     ),
     "p_tuning": Method(
         "Liu et al. 2021, arXiv:2103.10385",
@@ -131,21 +128,18 @@ METHODS: dict[MethodName, Method] = {
         learning_rate=1e-3,
         no_merge=_VIRTUAL,
         packs=False,
-        strategies=_WHOLE_MODEL,
     ),
     "ln_tuning": Method(
         "Zhao et al. 2023, arXiv:2312.11420",
         ("modules_to_save",),
         learning_rate=1e-3,
-        strategies=_WHOLE_MODEL,
     ),
     "trainable_tokens": Method(
         "rows of the embedding alone, as PEFT's TrainableTokens",
         ("trainable_tokens",),
         learning_rate=1e-3,
-        strategies=_WHOLE_MODEL,
     ),
-    "none": Method("all weights", (), learning_rate=1e-5, quantizations=_PLAIN),
+    "none": Method("all weights", (), learning_rate=1e-5, quantizable=False, strategies=_EVERY_STRATEGY),
 }
 
 
@@ -153,8 +147,3 @@ def can_be_merged(method: MethodName) -> bool:
     """Whether a model tuned so can become one of plain weights; if not, `METHODS[method].no_merge` says
     why."""
     return not METHODS[method].no_merge
-
-
-def methods_that(**able: str) -> list[str]:
-    """Methods whose tuple of this name holds this value, such as `methods_that(quantizations="nf4")`."""
-    return [name for name, method in METHODS.items() if all(v in getattr(method, k) for k, v in able.items())]
