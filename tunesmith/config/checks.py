@@ -409,18 +409,18 @@ def _unfit_method(config: Config) -> list[Contradiction]:
     method, found = METHODS[name], []
     quantization, packing = config.model.quantization, config.data.packing
     strategy = config.distributed.strategy
-    if method.needs_quantization and quantization != method.needs_quantization:
+    if quantization == "none" and method.needs_quantization:
         message = (
-            f"model.quantization is {quantization}, but adapter.method {name} begins with what rounding to "
-            f"{method.needs_quantization} loses. Set model.quantization to {method.needs_quantization}, or "
-            "adapter.method to lora"
+            f"model.quantization is none, but adapter.method {name} begins with what rounding the base "
+            f"weights loses. Set model.quantization to {_or(method.quantizations)}, or adapter.method to lora"
         )
         found.append(Contradiction(("model.quantization", "adapter.method"), message))
-    if quantization != "none" and not method.quantizable and name != "none":
-        able = _or([other for other, of in METHODS.items() if of.quantizable and not of.needs_quantization])
+    elif quantization not in ("none", *method.quantizations) and name != "none":
+        able = _or([other for other, of in METHODS.items() if quantization in of.quantizations])
+        goes_with = _or(["none", *method.quantizations][method.needs_quantization :])
         message = (
-            f"model.quantization is {quantization}, but adapter.method {name} takes a part out of the base "
-            f"weights, which would be rounded anew. Set it to none, or adapter.method to {able}"
+            f"model.quantization is {quantization}, but adapter.method {name} goes with {goes_with} only. "
+            f"Set it so, or adapter.method to {able}"
         )
         found.append(Contradiction(("model.quantization", "adapter.method"), message))
     if not method.packs and packing != "none":

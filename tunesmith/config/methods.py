@@ -41,7 +41,8 @@ class Method:
     no_merge              why it cannot be folded into the base weights; empty: it can
     packs                 whether several examples may lie in one pass
     recomputes            whether it goes with gradient checkpointing
-    quantizable           whether the base may be quantised; needs_quantization: the one it is for
+    quantizations         of the base, beside none, that it was tried with
+    needs_quantization    whether it makes sense with one of those only
     strategies            of `distributed.strategy` that it was tried with"""
 
     paper: str
@@ -51,8 +52,8 @@ class Method:
     no_merge: str = ""
     packs: bool = True
     recomputes: bool = True
-    quantizable: bool = True
-    needs_quantization: str = ""
+    quantizations: tuple[str, ...] = ("nf4", "int8")
+    needs_quantization: bool = False
     strategies: tuple[str, ...] = _ONE_STRATEGY
 
 
@@ -64,17 +65,24 @@ _LORA_SIZE = {"r": 16, "alpha": 32.0, **_LINEAR}
 _PART_OF_WEIGHTS = {"r": 16, "alpha": 16.0, **_LINEAR}
 
 METHODS: dict[MethodName, Method] = {
-    "lora": Method("Hu et al. 2021, arXiv:2106.09685", _OF_LORA, _LORA_SIZE, strategies=_EVERY_STRATEGY),
+    "lora": Method(
+        "Hu et al. 2021, arXiv:2106.09685",
+        _OF_LORA,
+        _LORA_SIZE,
+        quantizations=("nf4", "int8", "torchao_int8"),
+        strategies=_EVERY_STRATEGY,
+    ),
     "dora": Method("Liu et al. 2024, arXiv:2402.09353", _OF_LORA, _LORA_SIZE),
     "rslora": Method("Kalajdzievski 2023, arXiv:2312.03732", _OF_LORA, _LORA_SIZE),
-    "pissa": Method("Meng et al. 2024, arXiv:2404.02948", _OF_LORA, _PART_OF_WEIGHTS, quantizable=False),
+    "pissa": Method("Meng et al. 2024, arXiv:2404.02948", _OF_LORA, _PART_OF_WEIGHTS, quantizations=()),
     "loftq": Method(
         "Li et al. 2023, arXiv:2310.08659",
         _OF_LORA,
         _PART_OF_WEIGHTS,
-        needs_quantization="nf4",
+        quantizations=("nf4",),
+        needs_quantization=True,
     ),
-    "olora": Method("Büyükakyüz 2024, arXiv:2406.01775", _OF_LORA, _PART_OF_WEIGHTS, quantizable=False),
+    "olora": Method("Büyükakyüz 2024, arXiv:2406.01775", _OF_LORA, _PART_OF_WEIGHTS, quantizations=()),
     "adalora": Method(
         "Zhang et al. 2023, arXiv:2303.10512",
         ("r", "alpha", "dropout", *_ON_MODULES),
@@ -139,7 +147,7 @@ METHODS: dict[MethodName, Method] = {
         ("trainable_tokens",),
         learning_rate=1e-3,
     ),
-    "none": Method("all weights", (), learning_rate=1e-5, quantizable=False, strategies=_EVERY_STRATEGY),
+    "none": Method("all weights", (), learning_rate=1e-5, quantizations=(), strategies=_EVERY_STRATEGY),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -49,7 +50,10 @@ def adapt_model(model: Any, config: Config, tokenizer: Any) -> Any:
         return add_bottlenecks(model, layers_to_adapt(model), adapter.r, adapter.dropout)
     from peft import get_peft_model
 
-    adapted: Any = get_peft_model(model, peft_config(model, adapter, tokenizer))
+    with warnings.catch_warnings():
+        # PEFT says so of norms, which are what ln_tuning is for.
+        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+        adapted: Any = get_peft_model(model, peft_config(model, adapter, tokenizer))
     _train_in_float32(adapted)
     if adapter.method in ("pissa", "olora"):
         split_base.remember_start(adapted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,4 +30,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
         return load_bottlenecks(model, config, load_file(folder / "adapter_model.safetensors")).eval()
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(folder)).eval()
+    with warnings.catch_warnings():
+        # PEFT says so of norms, which are what ln_tuning is for.
+        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+        return PeftModel.from_pretrained(model, str(folder)).eval()
