@@ -72,7 +72,7 @@ METHODS: dict[MethodName, Method] = {
         quantizations=("nf4", "int8", "torchao_int8"),
         strategies=_EVERY_STRATEGY,
     ),
-    "dora": Method("Liu et al. 2024, arXiv:2402.09353", _OF_LORA, _LORA_SIZE),
+    "dora": Method("Liu et al. 2024, arXiv:2402.09353", _OF_LORA, _LORA_SIZE, quantizations=("nf4",)),
     "rslora": Method("Kalajdzievski 2023, arXiv:2312.03732", _OF_LORA, _LORA_SIZE),
     "pissa": Method("Meng et al. 2024, arXiv:2404.02948", _OF_LORA, _PART_OF_WEIGHTS, quantizations=()),
     "loftq": Method(
@@ -88,6 +88,7 @@ METHODS: dict[MethodName, Method] = {
         ("r", "alpha", "dropout", *_ON_MODULES),
         {"r": 8, "alpha": 32.0, **_LINEAR},
         learning_rate=1e-3,
+        quantizations=("nf4",),
     ),
     "vera": Method(
         "Kopiczko et al. 2023, arXiv:2310.11454",
@@ -110,6 +111,7 @@ METHODS: dict[MethodName, Method] = {
         ("r", "dropout"),
         {"r": 64},
         learning_rate=1e-3,
+        quantizations=(),
         no_merge="it has a non-linearity, which no matrix of the base model could stand for",
     ),
     "prefix": Method(

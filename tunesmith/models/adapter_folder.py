@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.models.bottleneck import KIND, load_bottlenecks
+from tunesmith.models.virtual_tokens import has_virtual_tokens, use_own_forward
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -33,4 +34,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         # PEFT says so of norms, which are what ln_tuning is for.
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
-        return PeftModel.from_pretrained(model, str(folder)).eval()
+        adapted: Any = PeftModel.from_pretrained(model, str(folder)).eval()
+    if has_virtual_tokens(adapted):
+        use_own_forward(adapted)
+    return adapted

@@ -4,8 +4,9 @@
     position_ids  0 1 2 3 4 5
     predictions       3 4            of the example's positions 0 and 1, moved by n where logits are
 
-PEFT's forward is for padded batches with labels: it drops positions and knows no `logits_to_keep`. Its
-generation, and what it saves, are used as they are.
+PEFT's forward is for padded batches with labels: it drops positions and knows no `logits_to_keep`. In
+generation it drops them too, so that what pads a batch on the left comes to lie between virtual tokens and
+text, and counts: there each row gets the positions it was trained at. What PEFT saves is used as it is.
 """
 
 from __future__ import annotations
@@ -25,8 +26,26 @@ def has_virtual_tokens(model: Any) -> bool:
 
 
 def use_own_forward(model: Any) -> None:
-    """Replace the forward of PEFT's model by one that also takes a pass of training."""
+    """Replace the forward of PEFT's model by one that also takes a pass of training, and let it generate with
+    the positions of training."""
+    from peft import PeftType
+
     model.forward = partial(_forward, model, model.forward)
+    if model.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
+        model.prepare_inputs_for_generation = partial(_prepare, model.prepare_inputs_for_generation)
+
+
+def _prepare(
+    stock: Callable[..., dict[str, Any]], *args: Any, position_ids: Tensor | None = None, **kwargs: Any
+) -> dict[str, Any]:
+    """What the model is given for the next token: PEFT's, at positions that count what is not padding."""
+    inputs = stock(*args, **kwargs)
+    inputs.pop("position_ids", None)
+    mask, embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+    if mask is not None and mask.dim() == 2:
+        length = (inputs["input_ids"] if embeds is None else embeds).shape[1]
+        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return inputs
 
 
 def _forward(
