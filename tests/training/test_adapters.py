@@ -26,7 +26,7 @@ IDS = torch.arange(3, 60)[None]
 # What a tiny model needs in place of defaults; its random weights have no use for the paper's rates.
 OPTIONS = {
     "vera": {"r": 32},
-    "oft": {"block_size": 16},
+    "oft": {"oft_block_size": 16},
     "bottleneck": {"r": 8},
     "prefix": {"num_virtual_tokens": 5, "encoder_size": 16},
     "prompt": {"num_virtual_tokens": 5},

@@ -47,7 +47,6 @@ FORMER_NAMES = {
     "init_lora_weights": "adapter.method",
     "peft_type": "adapter.method",
     "bottleneck_size": "adapter.r",
-    "oft_block_size": "adapter.block_size",
     "prefix_length": "adapter.num_virtual_tokens",
     "pre_seq_len": "adapter.num_virtual_tokens",
     "encoder_hidden_size": "adapter.encoder_size",

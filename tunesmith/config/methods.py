@@ -98,8 +98,8 @@ METHODS: dict[MethodName, Method] = {
     ),
     "oft": Method(
         "Qiu et al. 2023, arXiv:2306.07280; Liu et al. 2023, arXiv:2311.06243",
-        ("block_size", "dropout", *_ON_MODULES),
-        {"block_size": 32, **_LINEAR},
+        ("oft_block_size", "dropout", *_ON_MODULES),
+        {"oft_block_size": 32, **_LINEAR},
     ),
     "ia3": Method(
         "Liu et al. 2022, arXiv:2205.05638",

@@ -183,7 +183,7 @@ class AdapterConfig(Section):
     trainable_tokens: list[Text] = []
     """Tokens whose embedding rows are trained and saved with the adapter. One the tokenizer lacks is added
     to it."""
-    block_size: PositiveInt | None = None
+    oft_block_size: PositiveInt | None = None
     """Inputs that `oft` rotates together; it must divide the number of inputs of each layer. Default 32, as
     in PEFT."""
     num_virtual_tokens: PositiveInt | None = None

@@ -30,7 +30,7 @@ def peft_config(model: Any, adapter: AdapterConfig, tokenizer: Any) -> Any:
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=_number(adapter.r),
-            lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT takes what is no whole number, too
+            lora_alpha=adapter.alpha,
             lora_dropout=adapter.dropout,
             target_modules=adapter.target_modules,
             trainable_token_indices=_token_ids(adapter, tokenizer) or None,
@@ -44,7 +44,7 @@ def peft_config(model: Any, adapter: AdapterConfig, tokenizer: Any) -> Any:
             task_type="CAUSAL_LM",
             init_r=_initial_rank(_number(adapter.r)),
             target_r=_number(adapter.r),
-            lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+            lora_alpha=adapter.alpha,
             lora_dropout=adapter.dropout,
             target_modules=adapter.target_modules,
             total_step=1,  # until the number of steps is known (adalora.py)
@@ -66,7 +66,7 @@ def peft_config(model: Any, adapter: AdapterConfig, tokenizer: Any) -> Any:
         _check_blocks(model, adapter)
         return OFTConfig(
             task_type="CAUSAL_LM",
-            oft_block_size=_number(adapter.block_size),
+            oft_block_size=_number(adapter.oft_block_size),
             module_dropout=adapter.dropout,
             target_modules=adapter.target_modules,
             **on_modules,
@@ -109,7 +109,7 @@ def _virtual_tokens(adapter: AdapterConfig) -> Any:
             task_type="CAUSAL_LM",
             num_virtual_tokens=number,
             prefix_projection=bool(size),
-            encoder_hidden_size=size or None,  # type: ignore[arg-type]
+            encoder_hidden_size=size or None,
         )
     if adapter.method == "p_tuning":
         return PromptEncoderConfig(
@@ -201,11 +201,11 @@ def _norms(model: Any) -> list[str]:
 
 
 def _check_blocks(model: Any, adapter: AdapterConfig) -> None:
-    size = _number(adapter.block_size)
+    size = _number(adapter.oft_block_size)
     for name, layer in _layers(model).items():
         if _matches(name, adapter.target_modules or "all-linear") and _inputs(layer) % size:
             raise ModelError(
-                f"adapter.block_size={size} does not divide the {_inputs(layer)} inputs of {name}. Use a "
+                f"adapter.oft_block_size={size} does not divide the {_inputs(layer)} inputs of {name}. Use a "
                 "divisor of it, or name other adapter.target_modules."
             )
 
