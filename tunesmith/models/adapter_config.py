@@ -27,6 +27,8 @@ def peft_config(model: Any, adapter: AdapterConfig, tokenizer: Any) -> Any:
     if method in _LORA_OPTIONS:
         from peft import LoraConfig
 
+        if method in ("pissa", "olora", "loftq"):
+            _check_decomposable(model, adapter)
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=_number(adapter.r),
@@ -198,6 +200,27 @@ def _norms(model: Any) -> list[str]:
     if not names:
         raise ModelError("adapter.method ln_tuning: this model has no norms with weights to train.")
     return sorted(names)
+
+
+def _check_decomposable(model: Any, adapter: AdapterConfig) -> None:
+    """That each target is a linear layer of its own, with as many inputs and outputs as the rank."""
+    table, rank = model.get_input_embeddings().weight, _number(adapter.r)
+    layers = _layers(model) if adapter.target_modules == "all-linear" else linear_layers(model)
+    for name, layer in layers.items():
+        if not _matches(name, adapter.target_modules or "all-linear"):
+            continue
+        if layer.weight is table:
+            raise ModelError(
+                f"adapter.method {adapter.method} takes a part out of linear layers, and {name} is the table "
+                "of embeddings. Remove it from adapter.target_modules."
+            )
+        outputs = layer.weight.shape[1] if type(layer).__name__ == "Conv1D" else layer.out_features
+        for number, what in ((_inputs(layer), "inputs"), (outputs, "outputs")):
+            if rank > number:
+                raise ModelError(
+                    f"adapter.r={rank} is more than adapter.method {adapter.method} can take out of {name}: "
+                    f"{_last(name)} has {number} {what}. Lower it."
+                )
 
 
 def _check_blocks(model: Any, adapter: AdapterConfig) -> None:

@@ -145,8 +145,12 @@ def scale_rope(model_config: Any, config: Config, say: Say) -> None:
     elif kind == "auto":
         kind = "linear"
     factor = float(math.ceil(wanted / trained))
+    virtual = config.adapter.num_virtual_tokens
+    length = f"data.max_length={config.data.max_length}" + (
+        f" and {virtual} virtual tokens exceed" if virtual else " exceeds"
+    )
     say(
-        f"warning: data.max_length={wanted} exceeds the {trained} positions {config.model.path} was "
+        f"warning: {length} the {trained} positions {config.model.path} was "
         f"trained for; rotary positions are scaled ({kind}, factor {factor:g}). "
         "Serving must use the same scaling."
     )

@@ -42,8 +42,8 @@ def restore_start(model: Any, saved: dict[str, Tensor]) -> None:
         saved_a, saved_b = saved_a.to(a.device), saved_b.to(b.device)
         if not (torch.equal(a, saved_a) and torch.equal(b, saved_b)):
             weight, scale = layer.get_base_layer().weight, float(layer.scaling["default"])
-            moved = weight.float() + scale * (b @ a - saved_b @ saved_a)
-            weight.copy_(moved)
+            moved = scale * (b @ a - saved_b @ saved_a)
+            weight.copy_(weight.float() + (moved.T if layer.fan_in_fan_out else moved))
             start |= dict(zip(names, (saved_a, saved_b), strict=True))
 
 
