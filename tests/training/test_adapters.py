@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 
 import pytest
@@ -13,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import conversations, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tunesmith
 from tunesmith.artifacts.found import find_model
@@ -399,6 +401,42 @@ def test_ia3_and_ln_tuning_find_what_they_are_for_in_the_model(tiny_models, run_
     if family == "gemma2":
         norms |= {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
     assert set(config_of("ln_tuning").target_modules) == norms
+
+
+def test_ia3_tells_the_two_projections_of_gpt2_that_have_one_name_apart(run_config):
+    gpt2 = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING["gpt2"](vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    )
+    adapter = load_config(method_config(run_config, "llama", "ia3")).adapter
+    config = peft_config(gpt2, adapter, None)
+    assert (config.target_modules, config.feedforward_modules) == ({"c_attn", "mlp.c_proj"}, {"mlp.c_proj"})
+
+
+def test_weight_decay_leaves_the_factors_of_ia3_alone(run_config):
+    """They change nothing at 1: decay towards 0 would switch layers off."""
+    runs = [
+        tunesmith.sft(
+            method_config(
+                run_config,
+                "llama",
+                "ia3",
+                run={"name": f"d{decay}"},
+                train={"weight_decay": decay, "max_steps": 2},
+            )
+        )
+        for decay in (0.0, 0.9)
+    ]
+    assert same_tensors(*runs)
+
+
+def test_the_size_of_a_checkpoint_is_foreseen_with_what_a_method_keeps(run_config, capsys):
+    for method in ("pissa", "adalora", "vera", "p_tuning", "bottleneck"):
+        config = method_config(run_config, "llama", method, run={"name": method}, train={"max_steps": 4})
+        config["checkpoint"] = {"every_steps": 1, "keep": 4}
+        folders = (tunesmith.sft(config).run / "checkpoints").iterdir()
+        size = max(sum(file.stat().st_size for file in folder.iterdir()) for folder in folders)
+        foreseen = float(re.findall(r"a checkpoint takes ([\d.]+) KiB", capsys.readouterr().out)[-1]) * 1024
+        assert size < foreseen < size + 2**16
 
 
 def test_an_oft_block_that_does_not_fit_is_an_error_that_says_where(run_config):

@@ -30,7 +30,9 @@ def build_model(
     steady_memory()
     set_seed(config.run.seed)
     model = adapt_model(load_model(config, tokenizer, say), config, tokenizer)
-    if config.adapter.method not in _FUSED:
+    if config.adapter.method == "prefix":
+        say("adapter.method prefix: virtual keys and values are a cache, which stock attention (sdpa) serves")
+    elif config.adapter.method not in _FUSED:
         say(f"adapter.method {config.adapter.method} keeps its own forward; the fused one is LoRA's")
     fuse(model, pieces)
     return model

@@ -175,9 +175,10 @@ def _rescaled(model: Any, adapter: AdapterConfig) -> tuple[Any, list[str]]:
     """(targets, those of them whose inputs are rescaled) for (IA)^3: the last layer of the feed-forward is
     told by its inputs, which are as many as the feed-forward is wide; of the others it is the outputs."""
     layers, hidden = _layers(model), model.config.get_text_config().hidden_size
-    ends = sorted(
-        {_last(name) for name, layer in layers.items() if _inputs(layer) != hidden and "attn" not in name}
-    )
+    ending = [name for name, layer in layers.items() if _inputs(layer) != hidden and "attn" not in name]
+    # GPT-2 has a c_proj in its attention, too.
+    others = {_last(name) for name in layers.keys() - set(ending)}
+    ends = {_last(name) if _last(name) not in others else ".".join(name.split(".")[-2:]) for name in ending}
     targets = adapter.target_modules
     if targets is None:
         names = {_last(name) for name in layers}
@@ -187,8 +188,9 @@ def _rescaled(model: Any, adapter: AdapterConfig) -> tuple[Any, list[str]]:
                 "adapter.method ia3: which layers make keys and values, and which end the feed-forward, "
                 f"cannot be told by name. Set adapter.target_modules. Modules of this model: {_kinds(model)}."
             )
-        return [*inner, *ends], ends
-    return targets, [end for end in ends if any(_last(n) == end and _matches(n, targets) for n in layers)]
+        return [*inner, *sorted(ends)], sorted(ends)
+    chosen = [name for name in ending if _matches(name, targets)]
+    return targets, sorted(end for end in ends if any(name.endswith("." + end) for name in chosen))
 
 
 def _norms(model: Any) -> list[str]:

@@ -212,6 +212,13 @@ def _method_state(model: Any) -> dict[str, Tensor]:
     return start_of(model) or {}
 
 
+def method_state_bytes(model: Any) -> int:
+    """How much that is once the run is under way: three averages of each weight of AdaLoRA."""
+    if has_budget(model):
+        return 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return sum(tensor.numel() * tensor.element_size() for tensor in _method_state(model).values())
+
+
 def _set_method_state(model: Any, state: dict[str, Tensor]) -> None:
     if has_budget(model):
         set_budget_state(model, state)

@@ -271,8 +271,9 @@ class PackTrainer(Trainer):
             groups: dict[tuple[bool, bool], list[Any]] = {}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    is_table = id(parameter) in tables or "trainable_tokens" in name
-                    key = (parameter.ndim >= 2 and not is_table, "lora_B" in name)
+                    # Rows of embeddings, and the factors of (IA)^3, which are nothing at 1 and not at 0.
+                    is_no_matrix = id(parameter) in tables or "trainable_tokens" in name or "ia3_l" in name
+                    key = (parameter.ndim >= 2 and not is_no_matrix, "lora_B" in name)
                     groups.setdefault(key, []).append(parameter)
             self._optimizer_groups = list(groups.values())
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
