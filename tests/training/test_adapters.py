@@ -10,7 +10,7 @@ import signal
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import conversations, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -226,7 +226,7 @@ def test_a_method_goes_with_the_quantisation_it_says(run_config, trained_logits,
 # --- PiSSA and OLoRA
 
 
-@pytest.mark.parametrize(("method", "decompose"), [("pissa", "svd"), ("olora", "qr")])
+@pytest.mark.parametrize(("method", "decompose"), [("pissa", "eigh"), ("olora", "qr")])
 def test_a_run_goes_on_where_weights_decompose_with_other_signs(run_config, monkeypatch, method, decompose):
     """Signs of singular vectors are free: another machine may find the others. A checkpoint has those the run
     began with."""
@@ -240,10 +240,12 @@ def test_a_run_goes_on_where_weights_decompose_with_other_signs(run_config, monk
             tunesmith.sft(config)
     original = getattr(torch.linalg, decompose)
 
-    def with_other_signs(*args, **kwargs):
-        first, *middle, last = original(*args, **kwargs)
-        signs = (-1.0) ** torch.arange(last.shape[0])
-        return (first * signs, *middle, signs[:, None] * last)
+    def with_other_signs(matrix):
+        first, second = original(matrix)
+        if decompose == "eigh":  # values, vectors
+            return first, second * (-1.0) ** torch.arange(second.shape[1])
+        signs = (-1.0) ** torch.arange(first.shape[1])
+        return first * signs, signs[:, None] * second
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.linalg, decompose, with_other_signs)
@@ -258,14 +260,28 @@ def adapted(config, tokenizer=None):
     return adapt_model(load_model(config, tokenizer, print), config, tokenizer)
 
 
-def test_the_base_and_the_beginning_of_pissa_are_the_largest_singular_directions_apart(run_config):
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.up_proj", "mlp.down_proj"])
+def test_pissa_takes_the_largest_singular_directions_out_of_the_base_and_begins_as_they_are(run_config, name):
     config = method_config(run_config, "llama", "pissa")
-    model, base = adapted(config), base_model(config)
-    layer = model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    weight = base.get_submodule("model.layers.0.self_attn.q_proj").weight
-    taken = weight - layer.base_layer.weight
-    u, s, vh = torch.linalg.svd(weight.detach())
-    assert torch.allclose(taken, u[:, :4] * s[:4] @ vh[:4], atol=1e-5)
+    layer = adapted(config).get_submodule(f"base_model.model.model.layers.0.{name}")
+    weight = base_model(config).get_submodule(f"model.layers.0.{name}").weight.detach()
+    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    largest = u[:, :4] * s[:4] @ vh[:4]
+    assert torch.allclose(weight - layer.base_layer.weight, largest, atol=1e-5)
+    a, b = (getattr(layer, part)["default"].weight.detach() for part in ("lora_A", "lora_B"))
+    assert torch.allclose(layer.scaling["default"] * b @ a, largest, atol=1e-5)
+
+
+def test_olora_takes_out_what_peft_does(run_config):
+    config = method_config(run_config, "llama", "olora")
+    ours = adapted(config)
+    options = {"r": 4, "lora_alpha": 16, "init_lora_weights": "olora", "target_modules": "all-linear"}
+    theirs = get_peft_model(base_model(config), LoraConfig(task_type="CAUSAL_LM", **options))
+    name = "base_model.model.model.layers.0.mlp.up_proj"
+    one, other = ours.get_submodule(name), theirs.get_submodule(name)
+    assert torch.allclose(one.base_layer.weight, other.base_layer.weight, atol=1e-5)
+    products = [layer.lora_B["default"].weight @ layer.lora_A["default"].weight for layer in (one, other)]
+    assert torch.allclose(*products, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["pissa", "olora"])

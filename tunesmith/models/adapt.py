@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.config import Config
-from tunesmith.models import adalora, loftq, split_base, virtual_tokens
+from tunesmith.models import adalora, loftq, virtual_tokens
 from tunesmith.models.adapter_config import peft_config
 from tunesmith.models.bottleneck import add_bottlenecks, layers_to_adapt
+from tunesmith.models.decompose import first_columns, largest_directions
 from tunesmith.models.devices import steady_memory
 from tunesmith.models.fuse import PIECES, fuse
 from tunesmith.models.load import load_model
+from tunesmith.models.split_base import split_base
 
 _FUSED = ("none", "lora", "rslora", "pissa", "olora", "loftq")
 
@@ -57,8 +59,10 @@ def adapt_model(model: Any, config: Config, tokenizer: Any) -> Any:
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
         adapted: Any = get_peft_model(model, peft_config(model, adapter, tokenizer))
     _train_in_float32(adapted)
-    if adapter.method in ("pissa", "olora"):
-        split_base.remember_start(adapted)
+    if adapter.method == "pissa":
+        split_base(adapted, largest_directions)
+    elif adapter.method == "olora":
+        split_base(adapted, first_columns)
     elif adapter.method == "loftq":
         loftq.begin_with_rounding_error(adapted, config)
     elif adapter.method == "adalora":

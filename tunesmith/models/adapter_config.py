@@ -96,9 +96,10 @@ _LORA_OPTIONS: dict[str | None, dict[str, Any]] = {
     "lora": {},
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
-    "pissa": {"init_lora_weights": "pissa"},
-    "olora": {"init_lora_weights": "olora"},
-    "loftq": {},  # begins as LoRA in PEFT; loftq.py sets what it begins with
+    # What these begin with is set when they are there (split_base.py, loftq.py).
+    "pissa": {},
+    "olora": {},
+    "loftq": {},
 }
 
 

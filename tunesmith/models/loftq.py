@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tunesmith.config import Config
+from tunesmith.models.decompose import largest_directions
 
 
 @torch.no_grad()
@@ -36,8 +37,7 @@ def begin_with_rounding_error(model: Any, config: Config) -> None:
         held = layer.get_base_layer().weight
         weight = exact.get_submodule(name.removeprefix("base_model.model.")).weight.float()
         rounded = dequantize_4bit(held.data, held.quant_state).float().to(weight.device)
-        u, s, vh = torch.linalg.svd(weight - rounded, full_matrices=False)
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        root = (s[: a.shape[0]] / layer.scaling["default"]).sqrt()
-        a.copy_(root[:, None] * vh[: a.shape[0]])
-        b.copy_(u[:, : a.shape[0]] * root)
+        scale = float(layer.scaling["default"])
+        a, b = largest_directions(weight - rounded, layer.r["default"], scale)
+        layer.lora_A["default"].weight.copy_(a)
+        layer.lora_B["default"].weight.copy_(b)
