@@ -31,6 +31,8 @@ MethodName = Literal[
 
 _EVERY_STRATEGY = ("ddp", "fsdp", "zero2", "zero3")
 _ONE_STRATEGY = ("ddp",)
+# Where each process has the weights whole: what is made of them is not one process's work.
+_WHOLE_WEIGHTS = ("ddp", "zero2")
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,23 @@ METHODS: dict[MethodName, Method] = {
         quantizations=("nf4", "int8", "torchao_int8"),
         strategies=_EVERY_STRATEGY,
     ),
-    "dora": Method("Liu et al. 2024, arXiv:2402.09353", _OF_LORA, _LORA_SIZE, quantizations=("nf4",)),
-    "rslora": Method("Kalajdzievski 2023, arXiv:2312.03732", _OF_LORA, _LORA_SIZE),
-    "pissa": Method("Meng et al. 2024, arXiv:2404.02948", _OF_LORA, _PART_OF_WEIGHTS, quantizations=()),
+    "dora": Method(
+        "Liu et al. 2024, arXiv:2402.09353",
+        _OF_LORA,
+        _LORA_SIZE,
+        quantizations=("nf4",),
+        strategies=_EVERY_STRATEGY,
+    ),
+    "rslora": Method(
+        "Kalajdzievski 2023, arXiv:2312.03732", _OF_LORA, _LORA_SIZE, strategies=_EVERY_STRATEGY
+    ),
+    "pissa": Method(
+        "Meng et al. 2024, arXiv:2404.02948",
+        _OF_LORA,
+        _PART_OF_WEIGHTS,
+        quantizations=(),
+        strategies=_WHOLE_WEIGHTS,
+    ),
     "loftq": Method(
         "Li et al. 2023, arXiv:2310.08659",
         _OF_LORA,
@@ -82,7 +98,13 @@ METHODS: dict[MethodName, Method] = {
         quantizations=("nf4",),
         needs_quantization=True,
     ),
-    "olora": Method("Büyükakyüz 2024, arXiv:2406.01775", _OF_LORA, _PART_OF_WEIGHTS, quantizations=()),
+    "olora": Method(
+        "Büyükakyüz 2024, arXiv:2406.01775",
+        _OF_LORA,
+        _PART_OF_WEIGHTS,
+        quantizations=(),
+        strategies=_WHOLE_WEIGHTS,
+    ),
     "adalora": Method(
         "Zhang et al. 2023, arXiv:2303.10512",
         ("r", "alpha", "dropout", *_ON_MODULES),
@@ -95,16 +117,16 @@ METHODS: dict[MethodName, Method] = {
         ("r", "dropout", *_ON_MODULES),
         {"r": 256, **_LINEAR},
         learning_rate=4e-3,
+        strategies=_EVERY_STRATEGY,
     ),
     "oft": Method(
         "Qiu et al. 2023, arXiv:2306.07280; Liu et al. 2023, arXiv:2311.06243",
         ("oft_block_size", "dropout", *_ON_MODULES),
         {"oft_block_size": 32, **_LINEAR},
+        strategies=_EVERY_STRATEGY,
     ),
     "ia3": Method(
-        "Liu et al. 2022, arXiv:2205.05638",
-        _ON_MODULES,
-        learning_rate=3e-3,
+        "Liu et al. 2022, arXiv:2205.05638", _ON_MODULES, learning_rate=3e-3, strategies=_EVERY_STRATEGY
     ),
     "bottleneck": Method(
         "Houlsby et al. 2019, arXiv:1902.00751",
@@ -113,6 +135,7 @@ METHODS: dict[MethodName, Method] = {
         learning_rate=1e-3,
         quantizations=(),
         no_merge="it has a non-linearity, which no matrix of the base model could stand for",
+        strategies=_EVERY_STRATEGY,
     ),
     "prefix": Method(
         "Li and Liang 2021, arXiv:2101.00190",
@@ -122,6 +145,7 @@ METHODS: dict[MethodName, Method] = {
         no_merge=_VIRTUAL,
         packs=False,
         recomputes=False,
+        strategies=_WHOLE_WEIGHTS,
     ),
     "prompt": Method(
         "Lester et al. 2021, arXiv:2104.08691",
@@ -130,6 +154,7 @@ METHODS: dict[MethodName, Method] = {
         learning_rate=3e-2,
         no_merge=_VIRTUAL,
         packs=False,
+        strategies=_WHOLE_WEIGHTS,
     ),
     "p_tuning": Method(
         "Liu et al. 2021, arXiv:2103.10385",
@@ -138,18 +163,18 @@ METHODS: dict[MethodName, Method] = {
         learning_rate=1e-3,
         no_merge=_VIRTUAL,
         packs=False,
+        strategies=_WHOLE_WEIGHTS,
     ),
     "ln_tuning": Method(
         "Zhao et al. 2023, arXiv:2312.11420",
         ("modules_to_save",),
         learning_rate=1e-3,
+        strategies=_EVERY_STRATEGY,
     ),
     "trainable_tokens": Method(
-        "rows of the embedding alone, as PEFT's TrainableTokens",
-        ("trainable_tokens",),
-        learning_rate=1e-3,
+        "PEFT's TrainableTokens", ("trainable_tokens",), learning_rate=1e-3, strategies=_EVERY_STRATEGY
     ),
-    "none": Method("all weights", (), learning_rate=1e-5, quantizations=(), strategies=_EVERY_STRATEGY),
+    "none": Method("", (), learning_rate=1e-5, quantizations=(), strategies=_EVERY_STRATEGY),
 }
 
 
