@@ -97,7 +97,8 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(
             f"| `{method}` | {best['learning_rate']:g} | {best['trained_parameters']:,} "
             f"({best['share_percent']:g} %) | {100 * best['exact_match_after']:.0f} | "
-            f"{best['eval_loss']:.4f} | {best['train_s']:.0f} | {best['peak_memory_gib']:.1f} | {best['saved_mib']:.1f} |"
+            f"{best['eval_loss']:.4f} | {best['train_s']:.0f} | {best['peak_memory_gib']:.1f} | "
+            f"{best['saved_mib']:.1f} |"
         )
     return "\n".join(lines)
 
