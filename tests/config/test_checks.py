@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import ValidationError
 
-from tunesmith.config import Config, SourceConfig, dump_config, load_config
+from tunesmith.config import AdapterConfig, Config, SourceConfig, dump_config, load_config
 from tunesmith.config.checks import CONTRADICTIONS, OWNED_TRAINER_ARGS
 from tunesmith.config.keys import all_keys
+from tunesmith.config.methods import METHODS, MethodName
 from tunesmith.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "a.jsonl"}}
@@ -63,7 +64,9 @@ def test_a_saved_config_reruns_with_every_default_written_out(
 @pytest.mark.parametrize(
     ("settings", "num_contradictions"),
     [
-        ({"adapter": {"method": "none", "r": 16}}, 0),  # the default, written out
+        ({"adapter": {"method": "none", "r": None}}, 0),  # the default, written out
+        ({"adapter": {"method": "vera", "r": 256, "alpha": None}}, 0),
+        ({"adapter": {"method": "vera", "r": 256, "alpha": 32}}, 1),
         ({"adapter": {"method": "none", "r": 17}}, 1),
         ({"eval": {"batch_tokens": 4096, "max_new_tokens": 9}}, 0),
         ({"eval": {"answer_rows": 0}}, 0),
@@ -72,7 +75,6 @@ def test_a_saved_config_reruns_with_every_default_written_out(
         ({"train": {"micro_batch_tokens": 2047}}, 1),  # and not a second time through eval.batch_tokens
         ({"train": {"micro_batch_tokens": 2047}, "eval": {"batch_tokens": 2046}}, 2),
         ({"model": {"path": "m", "quantization": "int8"}}, 0),
-        ({"adapter": {"rslora": True, "dora": True}}, 0),  # PEFT combines them
         ({"adapter": {"target_modules": r".*\.(q|v)_proj"}}, 0),
         ({"adapter": {"target_modules": ["q_proj", "v_proj"]}}, 0),
         ({"train": {"trainer_args": {"adam_beta2": 0.95}}}, 0),
@@ -89,6 +91,24 @@ def test_contradictions_are_judged_by_values_and_not_by_what_was_written(
         load_config({**MINIMAL, **settings})
     lines = str(caught.value).splitlines()
     assert len([line for line in lines if "mistakes" not in line]) == num_contradictions
+
+
+def test_each_method_has_defaults_of_its_own_for_the_keys_it_reads() -> None:
+    def adapter(method: str, **keys: Any) -> Any:
+        return load_config({**MINIMAL, "adapter": {"method": method, **keys}})
+
+    assert set(METHODS) == set(get_args(MethodName))
+    for name, method in METHODS.items():
+        assert set(method.defaults) <= set(method.keys) <= set(AdapterConfig.model_fields)
+        assert set(method.strategies) <= {"ddp", "fsdp", "zero2", "zero3"}
+        assert name == "none" or method.strategies[0] == "ddp"
+    lora, vera, ia3, prefix = adapter("lora"), adapter("vera"), adapter("ia3"), adapter("prefix")
+    assert (lora.adapter.r, lora.adapter.alpha, lora.adapter.target_modules) == (16, 32, "all-linear")
+    assert (vera.adapter.r, vera.adapter.alpha, vera.train.learning_rate) == (256, None, 4e-3)
+    assert (ia3.adapter.r, ia3.adapter.target_modules, ia3.train.learning_rate) == (None, None, 3e-3)
+    assert (prefix.adapter.num_virtual_tokens, prefix.adapter.encoder_size) == (20, 512)
+    assert (prefix.data.packing, lora.data.packing) == ("none", "tree")
+    assert adapter("bottleneck", r=8).adapter.r == 8
 
 
 def test_a_model_goes_on_with_an_adapter_and_begins_without() -> None:

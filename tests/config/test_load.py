@@ -259,7 +259,7 @@ def _configs(draw: st.DrawFn) -> dict[str, Any]:
         "alpha": _POSITIVE,
         "dropout": st.floats(0, 1, exclude_max=True),
         "target_modules": st.just("all-linear") | st.lists(_NAMES, min_size=1, max_size=2),
-        "rslora": st.booleans(),
+        "method": st.sampled_from(["lora", "dora", "rslora"]),
         "trainable_tokens": st.lists(_NAMES, max_size=2),
     }
     train = {
@@ -413,7 +413,7 @@ def test_python_values_become_yaml_kinds() -> None:
     [
         ("train.batch_size=8", ("train", "batch_size"), 8),
         ("train.learning_rate=1e-5", ("train", "learning_rate"), 1e-5),
-        ("adapter.rslora=true", ("adapter", "rslora"), True),
+        ("checkpoint.asynchronous=true", ("checkpoint", "asynchronous"), True),
         ("adapter.target_modules=[q_proj, v_proj]", ("adapter", "target_modules"), ["q_proj", "v_proj"]),
         ("run.name=2024", ("run", "name"), "2024"),  # the shell took the quotes
         ("run.name='2024'", ("run", "name"), "2024"),

@@ -17,6 +17,7 @@ from tiny import conversations, make_tiny_model, write_rows
 import tunesmith
 from tunesmith.config import Config, all_keys, load_config
 from tunesmith.config.keys import FORMER_NAMES, suggest_key
+from tunesmith.config.methods import METHODS
 from tunesmith.config.schema import Format, ModelConfig, TrackingConfig, TrainConfig
 from tunesmith.data import formats
 from tunesmith.data.decode import parse_json
@@ -350,3 +351,36 @@ def test_contributing_says_the_layers_that_are_checked() -> None:
     (layers,) = re.findall(r"^layers = \[\n(.*?)^\]", read("pyproject.toml"), re.MULTILINE | re.DOTALL)
     checked = [line.strip(' ",').replace("tunesmith.", "") for line in layers.splitlines()]
     assert [layer.strip() for layer in " ".join(order.split()).split("<-")] == checked[::-1]
+
+
+# --- docs/adapters.md
+
+
+def test_the_page_of_adapters_has_every_method_with_its_paper_and_what_it_goes_with() -> None:
+    (papers,) = tables("docs/adapters.md", "The methods")
+    assert first_cells(papers) == list(METHODS)
+    for (name, text, paper), (key, method) in zip(papers, METHODS.items(), strict=True):
+        assert name == f"`{key}`"
+        assert text
+        assert paper == method.paper.split(";")[0]
+    (table,) = tables("docs/adapters.md", "What goes with what")
+    assert len(table) == len(METHODS)
+    for row, (name, method) in zip(table, METHODS.items(), strict=True):
+        defaults = {key: value for key, value in method.defaults.items() if key != "target_modules"}
+        merges = "no" if method.no_merge else "-" if name == "none" else "yes"
+        # What schema.py does not offer yet is not told.
+        offered = [
+            kind
+            for kind in method.quantizations
+            if kind in get_args(ModelConfig.model_fields["quantization"].annotation)
+        ]
+        assert row == [
+            f"`{name}`",
+            ", ".join(method.keys) or "-",
+            ", ".join(f"{key} {value:g}" for key, value in defaults.items()) or "-",
+            f"{method.learning_rate:g}",
+            merges,
+            "yes" if method.packs else "no",
+            ", ".join(offered) or "no",
+            ", ".join(method.strategies),
+        ]

@@ -203,8 +203,8 @@ def test_neftune_noise_has_the_size_of_its_paper_and_evaluation_has_none(run_con
 @pytest.mark.parametrize(
     "adapter",
     [
-        {"rslora": True},
-        {"dora": True},
+        {"method": "rslora"},
+        {"method": "dora"},
         {"target_modules": ["q_proj", "v_proj"]},
         {"target_modules": r"model\.layers\.1\..*_proj"},
         {"modules_to_save": ["lm_head"]},
@@ -234,7 +234,7 @@ def test_every_kind_of_lora_reloads_in_stock_peft_with_the_same_logits(run_confi
 def test_rslora_divides_by_the_root_of_the_rank(run_config):
     from peft import PeftConfig
 
-    result = tunesmith.sft(run_config(adapter={"rslora": True}, train={"max_steps": 1, "epochs": None}))
+    result = tunesmith.sft(run_config(adapter={"method": "rslora"}, train={"max_steps": 1, "epochs": None}))
     saved = PeftConfig.from_pretrained(result.final)
     assert (saved.r, saved.lora_alpha, saved.use_rslora) == (4, 8, True)
     model = PeftModel.from_pretrained(

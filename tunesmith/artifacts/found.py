@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tunesmith.config import Config, load_config
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.models.adapter_folder import read_adapter_config
 
 Say = Callable[[str], None]
 _PARTS = ("best", "final")
@@ -67,11 +68,9 @@ def _near(path: Path) -> str:
 
 def _model_in(folder: Path) -> Found:
     if (folder / "adapter_config.json").is_file():
-        from peft import PeftConfig
-
         try:
-            base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        except (ValueError, TypeError, KeyError) as error:
+            base = read_adapter_config(folder).get("base_model_name_or_path")
+        except (OSError, ValueError) as error:
             raise ModelError(f"{folder}/adapter_config.json cannot be read: {first_line(error)}") from error
         if not base:
             raise ModelError(f"{folder}/adapter_config.json names no base model (base_model_name_or_path).")

@@ -14,6 +14,7 @@ from tunesmith.data.encoding import Encoder
 from tunesmith.data.records import BadRow
 from tunesmith.data.templates import REFUSALS
 from tunesmith.errors import ModelError, TemplateError
+from tunesmith.models.adapter_folder import load_adapter
 from tunesmith.models.devices import compute_dtype, default_device
 from tunesmith.models.load import scale_rope
 
@@ -96,12 +97,10 @@ def _load_model(found: Found, tokenizer: Any, dtype: torch.dtype, say: Say) -> A
             found.base, config=settings, dtype=dtype, use_safetensors=True, **source
         )
         if found.adapter is not None:
-            from peft import PeftModel
-
             # Tokens that the run added; the adapter has their rows.
             if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
                 model.resize_token_embeddings(len(tokenizer))
-            model = PeftModel.from_pretrained(model, str(found.adapter))
+            model = load_adapter(model, found.adapter)
             if (found.adapter / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(str(found.adapter))
     except (OSError, ValueError, ImportError, RuntimeError) as error:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os.path
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tunesmith.config.methods import METHODS
 from tunesmith.config.yaml_text import show
 
 if TYPE_CHECKING:  # for types only: the schema calls this file, not the other way about
@@ -113,6 +114,13 @@ def resolve_defaults(config: Config) -> None:
     if config.adapter.method is None:
         is_full = is_from_scratch or config.run.recipe == "pretrain"
         _set(config.adapter, method="none" if is_full else "lora")
+    assert config.adapter.method is not None
+    method = METHODS[config.adapter.method]
+    for key, value in method.defaults.items():
+        if getattr(config.adapter, key) is None:
+            _set(config.adapter, **{key: value})
+    if config.data.packing is None and not method.packs:
+        _set(config.data, packing="none")
     defaults = _OF_PRETRAINING if config.run.recipe == "pretrain" else _OF_TUNING
     for section, key, value in defaults:
         if getattr(getattr(config, section), key) is None:
@@ -120,8 +128,7 @@ def resolve_defaults(config: Config) -> None:
     if train.epochs is None and train.max_steps is None:
         _set(train, epochs=3.0)
     if train.learning_rate is None:
-        full = 6e-4 if is_from_scratch else 1e-5
-        _set(train, learning_rate=full if config.adapter.method == "none" else 2e-4)
+        _set(train, learning_rate=6e-4 if is_from_scratch else method.learning_rate)
 
 
 def _changed(section: Section) -> list[str]:
@@ -379,18 +386,79 @@ def _nothing_to_evaluate(config: Config) -> list[Contradiction]:
     ]
 
 
-def _nothing_to_adapt(config: Config) -> list[Contradiction]:
-    if config.adapter.method != "none":
-        return []
-    return [
-        Contradiction(
-            (f"adapter.{key}", "adapter.method"),
-            f"adapter.{key} is {show(getattr(config.adapter, key))}, but adapter.method is none, so it "
-            "would do nothing. Remove it, or set adapter.method to lora",
+def _unread_adapter_keys(config: Config) -> list[Contradiction]:
+    """Keys of `adapter` that the method does not read."""
+    method = config.adapter.method or "lora"
+    found = []
+    for key in _changed(config.adapter):
+        if key == "method" or key in METHODS[method].keys:
+            continue
+        others = _or([name for name, other in METHODS.items() if key in other.keys])
+        value = show(getattr(config.adapter, key))
+        message = (
+            f"adapter.{key} is {value}, but adapter.method is {method}, so it would do nothing. Remove it, "
+            f"or set adapter.method to {others}"
         )
-        for key in _changed(config.adapter)
-        if key != "method"
-    ]
+        found.append(Contradiction((f"adapter.{key}", "adapter.method"), message))
+    return found
+
+
+def _unfit_method(config: Config) -> list[Contradiction]:
+    """What the method does not go with (methods.py)."""
+    name = config.adapter.method or "lora"
+    method, found = METHODS[name], []
+    quantization, packing = config.model.quantization, config.data.packing
+    strategy = config.distributed.strategy
+    if quantization == "none" and method.needs_quantization:
+        message = (
+            f"model.quantization is none, but adapter.method {name} begins with what rounding the base "
+            f"weights loses. Set model.quantization to {_or(method.quantizations)}, or adapter.method to lora"
+        )
+        found.append(Contradiction(("model.quantization", "adapter.method"), message))
+    elif quantization not in ("none", *method.quantizations) and name != "none":
+        able = _or([other for other, of in METHODS.items() if quantization in of.quantizations])
+        goes_with = _or(["none", *method.quantizations][method.needs_quantization :])
+        message = (
+            f"model.quantization is {quantization}, but adapter.method {name} goes with {goes_with} only. "
+            f"Set it so, or adapter.method to {able}"
+        )
+        found.append(Contradiction(("model.quantization", "adapter.method"), message))
+    if not method.packs and packing != "none":
+        message = (
+            f"data.packing is {packing}, but adapter.method {name} puts virtual tokens before an example, so "
+            "that each needs a pass of its own. Set data.packing to none, or remove it"
+        )
+        found.append(Contradiction(("data.packing", "adapter.method"), message))
+    if strategy not in method.strategies:
+        able = _or([other for other, of in METHODS.items() if strategy in of.strategies])
+        message = (
+            f"distributed.strategy is {strategy}, but adapter.method {name} goes with "
+            f"{_or(list(method.strategies))} only. Set it so, or adapter.method to {able}"
+        )
+        found.append(Contradiction(("distributed.strategy", "adapter.method"), message))
+    if not method.recomputes and config.train.gradient_checkpointing is True:
+        message = (
+            f"train.gradient_checkpointing is true, but with it transformers drops the cache that "
+            f"adapter.method {name} puts its virtual tokens in. Remove it, or set adapter.method to prompt"
+        )
+        found.append(Contradiction(("train.gradient_checkpointing", "adapter.method"), message))
+    if name == "trainable_tokens" and not config.adapter.trainable_tokens:
+        message = (
+            "adapter.method is trainable_tokens, but adapter.trainable_tokens names none. Name the tokens "
+            "whose embeddings are to be trained"
+        )
+        found.append(Contradiction(("adapter.method", "adapter.trainable_tokens"), message))
+    if name == "p_tuning" and config.adapter.encoder_size == 0:
+        message = (
+            "adapter.encoder_size is 0, but adapter.method p_tuning is that network. Set it to 1 or more, or "
+            "adapter.method to prompt"
+        )
+        found.append(Contradiction(("adapter.encoder_size", "adapter.method"), message))
+    return found
+
+
+def _or(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _owned_trainer_args(config: Config) -> list[Contradiction]:
@@ -455,7 +523,8 @@ def check_consistency(config: Config) -> None:
     ]
     for check in (
         _nothing_to_evaluate,
-        _nothing_to_adapt,
+        _unread_adapter_keys,
+        _unfit_method,
         _owned_trainer_args,
         _bad_patterns,
         _number_as_path,

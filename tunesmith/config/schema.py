@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 from tunesmith.config.checks import check_consistency, resolve_defaults
+from tunesmith.config.methods import MethodName
 
 Role = Literal["system", "user", "assistant", "tool"]
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
@@ -139,33 +140,61 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    """What is trained: small matrices beside the model (LoRA), or the model itself (`none`)."""
+    """What is trained: something small beside the model, or the model itself (`none`). A key that the method
+    does not read is an error; docs/adapters.md tells which to choose."""
 
-    method: Literal["lora", "none"] | None = None
-    """`lora` (Hu et al. 2021, arXiv:2106.09685) or `none`, which trains the model itself. Default: `lora`;
-    with `model.config` and in pretraining, `none`."""
-    r: PositiveInt = 16
-    """Rank. 16 on all linear layers is the QLoRA paper's finding that rank matters less than coverage."""
-    alpha: PositiveFloat = 32
-    """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) with `rslora`). Default twice the
-    rank."""
+    method: MethodName | None = None
+    """How the model is tuned. `lora` (Hu et al. 2021, arXiv:2106.09685) adds low-rank matrices B A to linear
+    layers; `dora` (Liu et al. 2024, arXiv:2402.09353) learns the length of each output's weights apart from
+    their direction; `rslora` (Kalajdzievski 2023, arXiv:2312.03732) divides alpha by sqrt(r) and not by r;
+    `pissa` (Meng et al. 2024, arXiv:2404.02948) and `olora` (Büyükakyüz 2024, arXiv:2406.01775) begin with
+    the largest singular directions, or the first columns of a QR decomposition, of the weights; `loftq` (Li
+    et al. 2023, arXiv:2310.08659) begins with the rounding error of 4-bit weights; `adalora` (Zhang et al.
+    2023, arXiv:2303.10512) shares a budget of ranks out among layers; `vera` (Kopiczko et al. 2023,
+    arXiv:2310.11454) trains two vectors a layer between random matrices that all share; `oft` (Qiu et al.
+    2023, arXiv:2306.07280) rotates the inputs of linear layers; `ia3` (Liu et al. 2022, arXiv:2205.05638)
+    rescales keys, values and the feed-forward's inner activations; `bottleneck` (Houlsby et al. 2019,
+    arXiv:1902.00751) puts a small network after each attention and feed-forward; `prefix` (Li and Liang 2021,
+    arXiv:2101.00190) learns keys and values of virtual tokens in each layer, `prompt` (Lester et al. 2021,
+    arXiv:2104.08691) their embeddings, `p_tuning` (Liu et al. 2021, arXiv:2103.10385) a network that makes
+    the embeddings; `ln_tuning` (Zhao et al. 2023, arXiv:2312.11420) trains the norms, and `trainable_tokens`
+    the embeddings of a few tokens. `none` trains the model itself. Default: `lora`; with `model.config` and
+    in pretraining, `none`."""
+    r: PositiveInt | None = None
+    """Rank of the matrices of the LoRA family; `adalora`: the mean rank at the end, having begun with 1.5
+    times that; width of `bottleneck`. Default 16 (on all linear layers, by the QLoRA paper's finding that
+    rank matters less than coverage), for `adalora` 8, for `vera` 256, for `bottleneck` 64."""
+    alpha: PositiveFloat | None = None
+    """Scale: the update is multiplied by alpha / r (alpha / sqrt(r) for `rslora`). Default 32, twice the
+    default rank; 16 for `pissa`, `olora` and `loftq`, whose beginning stands for a part of the weights
+    themselves."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input."""
-    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
+    """Dropout on the adapter's input; for `oft` of whole blocks, for `bottleneck` on its inner
+    activations."""
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     """`all-linear` (every linear layer but the output head), a list of module names, or one regular
-    expression that must match a module's whole name."""
+    expression that must match a module's whole name. Default `all-linear`; for `ia3` the projections of keys
+    and values and the last of the feed-forward, as in its paper."""
     modules_to_save: list[Text] = []
     """Modules trained in full beside the adapter and saved with it, such as `lm_head`."""
-    rslora: bool = False
-    """Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."""
-    dora: bool = False
-    """Weight-decomposed LoRA (Liu et al. 2024, arXiv:2402.09353): better at low rank, slower."""
     lora_plus_ratio: Annotated[float, Field(ge=1)] = 1.0
     """Learning rate of the B matrices over that of the A matrices (LoRA+, Hayou et al. 2024,
     arXiv:2402.12354, which suggests 16). 1 is plain LoRA."""
     trainable_tokens: list[Text] = []
     """Tokens whose embedding rows are trained and saved with the adapter. One the tokenizer lacks is added
     to it."""
+    oft_block_size: PositiveInt | None = None
+    """Inputs that `oft` rotates together; it must divide the number of inputs of each layer. Default 32, as
+    in PEFT."""
+    num_virtual_tokens: PositiveInt | None = None
+    """Virtual tokens of `prefix`, `prompt` and `p_tuning`, put before every example; they take room in the
+    model's context. Default 20, beyond which Lester et al. found little gain (section 3.2)."""
+    encoder_size: Annotated[int, Field(ge=0)] | None = None
+    """Width of the network that makes the virtual tokens while `prefix` and `p_tuning` are trained; only what
+    it makes is saved in the end. Default 512, as in Li and Liang. 0 trains those of `prefix` themselves."""
+    init_text: Text | None = None
+    """Text whose embeddings the tokens of `prompt` begin with, repeated or cut to their number. Default:
+    tokens drawn from the vocabulary."""
 
 
 class SourceConfig(Section):
@@ -242,7 +271,8 @@ class DataConfig(Section):
     `flat` does so without sharing; `none` runs one example a pass. The result is the same; none pads. Where a
     model cannot do what is asked, the run says so and does the next of the three. `concatenate` (pretraining
     only) is another training: documents are joined, cut every `max_length` tokens, and see each other.
-    Default `tree`; in pretraining `flat`."""
+    Default `tree`; in pretraining `flat`; with virtual tokens (`adapter.method: prefix`, `prompt` or
+    `p_tuning`) `none`, the only one they go with."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that prepare rows. Default: one a core, or none (this process alone) when the files are
     under 16 MiB."""
@@ -282,9 +312,10 @@ class TrainConfig(Section):
     passes would save; config.yaml of the run says what was chosen, and the run goes on with it after a
     stop."""
     learning_rate: PositiveFloat | None = None
-    """Peak learning rate. Default 2e-4 for LoRA (QLoRA paper, table 9), 1e-5 for full fine-tuning, and 6e-4
-    for a model from scratch (125M parameters in GPT-3's table 2.1, Brown et al. 2020, arXiv:2005.14165, which
-    takes 2e-4 at 1.3B and 1.2e-4 at 6.7B)."""
+    """Peak learning rate. Default 2e-4 for LoRA and its like (QLoRA paper, table 9), more for methods that
+    train less (docs/adapters.md has them), 1e-5 for full fine-tuning, and 6e-4 for a model from scratch (125M
+    parameters in GPT-3's table 2.1, Brown et al. 2020, arXiv:2005.14165, which takes 2e-4 at 1.3B and 1.2e-4
+    at 6.7B)."""
     schedule: Literal[
         "cosine", "linear", "constant", "cosine_with_min_lr", "inverse_sqrt", "warmup_stable_decay"
     ] = "cosine"

@@ -1,20 +1,26 @@
-"""PEFT's LoRA injected into a model, after checking that what the config names is there."""
+"""The adapter of a config put into a model, whatever its method."""
 
 from __future__ import annotations
 
-import difflib
-import re
+import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from tunesmith.config import AdapterConfig, Config
-from tunesmith.errors import ModelError
+from tunesmith.config import Config
+from tunesmith.models import adalora, loftq, virtual_tokens
+from tunesmith.models.adapter_config import peft_config
+from tunesmith.models.bottleneck import add_bottlenecks, layers_to_adapt
+from tunesmith.models.decompose import first_columns, largest_directions
 from tunesmith.models.devices import steady_memory
 from tunesmith.models.fuse import PIECES, fuse
 from tunesmith.models.held import EVERYWHERE, Held
 from tunesmith.models.load import load_model
+from tunesmith.models.split_base import split_base
+
+_FUSED = ("none", "lora", "rslora", "pissa", "olora", "loftq")
 
 
 def build_model(
@@ -31,33 +37,62 @@ def build_model(
     steady_memory()
     set_seed(config.run.seed)
     model = adapt_model(load_model(config, tokenizer, say, held), config, tokenizer)
+    if config.adapter.method == "prefix":
+        say("adapter.method prefix: virtual keys and values are a cache, which stock attention (sdpa) serves")
+    elif config.adapter.method not in _FUSED:
+        say(f"adapter.method {config.adapter.method} keeps its own forward; the fused one is LoRA's")
     fuse(model, pieces, held)
     return model
 
 
 def adapt_model(model: Any, config: Config, tokenizer: Any) -> Any:
-    """The model with the adapter of `config.adapter` in it; the model itself for full fine-tuning.
+    """The model with the adapter of `config.adapter` in it; the model itself for full fine-tuning. What is
+    trained is float32.
 
     Raises ModelError, with what exists, if a target module or token does not."""
     adapter = config.adapter
     if adapter.method == "none":
         return model
-    from peft import LoraConfig, get_peft_model
+    if adapter.method == "bottleneck":
+        model.requires_grad_(False)
+        assert adapter.r is not None
+        return add_bottlenecks(model, layers_to_adapt(model), adapter.r, adapter.dropout)
+    from peft import get_peft_model
 
-    _check_targets(model, adapter)
-    token_ids = [tokenizer.convert_tokens_to_ids(token) for token in adapter.trainable_tokens]
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.r,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=adapter.target_modules,
-        modules_to_save=adapter.modules_to_save or None,
-        use_rslora=adapter.rslora,
-        use_dora=adapter.dora,
-        trainable_token_indices=token_ids or None,
-    )
-    return get_peft_model(model, lora)
+    with warnings.catch_warnings():
+        # PEFT says so of norms, which are what ln_tuning is for.
+        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+        adapted: Any = get_peft_model(model, peft_config(model, adapter, tokenizer))
+    _train_in_float32(adapted)
+    if adapter.method == "pissa":
+        split_base(adapted, largest_directions)
+    elif adapter.method == "olora":
+        split_base(adapted, first_columns)
+    elif adapter.method == "loftq":
+        loftq.begin_with_rounding_error(adapted, config)
+    elif adapter.method == "adalora":
+        adalora.use_own_loss(adapted)
+    elif virtual_tokens.has_virtual_tokens(adapted):
+        virtual_tokens.use_own_forward(adapted)
+        if adapter.init_text is not None:
+            virtual_tokens.begin_with_text(adapted, tokenizer, adapter.init_text)
+    return adapted
+
+
+def _train_in_float32(model: Any) -> None:
+    """PEFT does so for most methods. A norm in float32 still gives what its model computes in."""
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if isinstance(module, LNTuningLayer):
+            module.register_forward_hook(_as_input)
+
+
+def _as_input(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(inputs[0].dtype)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
@@ -68,44 +103,3 @@ def count_parameters(model: Any) -> tuple[int, int]:
         total += count
         trained += count if parameter.requires_grad else 0
     return trained, total
-
-
-def _linear_names(model: Any) -> list[str]:
-    """Full names of the modules LoRA can be put on."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)) or type(module).__name__ == "Conv1D"
-    ]
-
-
-def _check_targets(model: Any, adapter: AdapterConfig) -> None:
-    names = _linear_names(model)
-    kinds = sorted({name.rsplit(".", 1)[-1] for name in names})
-    listing = f"Modules of this model: {', '.join(kinds)}."
-    if isinstance(adapter.target_modules, list):
-        _check_names("adapter.target_modules", adapter.target_modules, names, kinds, listing)
-    elif adapter.target_modules != "all-linear":
-        _check_pattern(adapter.target_modules, names, listing)
-    all_names = [name for name, _ in model.named_modules() if name]
-    _check_names("adapter.modules_to_save", adapter.modules_to_save, all_names, kinds, listing)
-
-
-def _check_pattern(pattern: str, names: list[str], listing: str) -> None:
-    try:
-        found = any(re.fullmatch(pattern, name) for name in names)
-    except re.error as error:
-        raise ModelError(f"adapter.target_modules: {pattern!r} is no regular expression: {error}.") from error
-    if not found:
-        raise ModelError(
-            f"adapter.target_modules: {pattern!r} matches the whole name of no linear module. {listing} "
-            f"A full name is {names[0]!r}. To name modules, write a list: [{pattern}]."
-        )
-
-
-def _check_names(key: str, wanted: list[str], names: list[str], kinds: list[str], listing: str) -> None:
-    for target in wanted:
-        if not any(name == target or name.endswith("." + target) for name in names):
-            near = difflib.get_close_matches(target, kinds, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ModelError(f"{key}: there is no module {target!r} in this model.{hint} {listing}")

@@ -32,7 +32,13 @@ def training_cost(model: Any) -> Cost:
     head = model.get_output_embeddings()
     per_token = 0.0
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2 or "embed" in name or (head is not None and parameter is head.weight):
+        # A network that makes virtual tokens runs once a pass, not for each token.
+        if (
+            parameter.ndim < 2
+            or "embed" in name
+            or "prompt_encoder" in name
+            or (head is not None and parameter is head.weight)
+        ):
             continue
         count = parameter.numel() * (2 if parameter.__class__.__name__ == "Params4bit" else 1)
         per_token += (6 if parameter.requires_grad else 4) * count

@@ -135,7 +135,8 @@ def weights_fingerprint(config: Config, tokenizer: Any) -> str:
 
 def scale_rope(model_config: Any, config: Config, say: Say) -> None:
     """Stretch rotary positions where `data.max_length` is longer than the model was trained for."""
-    trained, wanted = getattr(model_config, "max_position_embeddings", None), config.data.max_length
+    trained = getattr(model_config, "max_position_embeddings", None)
+    wanted = config.data.max_length + (config.adapter.num_virtual_tokens or 0)
     rope = getattr(model_config, "rope_parameters", None)
     kind = config.model.rope_scaling
     if not trained or wanted <= trained or kind == "none":
@@ -151,8 +152,12 @@ def scale_rope(model_config: Any, config: Config, say: Say) -> None:
     elif kind == "auto":
         kind = "linear"
     factor = float(math.ceil(wanted / trained))
+    virtual = config.adapter.num_virtual_tokens
+    length = f"data.max_length={config.data.max_length}" + (
+        f" and {virtual} virtual tokens exceed" if virtual else " exceeds"
+    )
     say(
-        f"warning: data.max_length={wanted} exceeds the {trained} positions {config.model.path} was "
+        f"warning: {length} the {trained} positions {config.model.path} was "
         f"trained for; rotary positions are scaled ({kind}, factor {factor:g}). "
         "Serving must use the same scaling."
     )

@@ -4,20 +4,27 @@ Nothing here decides when a folder is complete: it writes into one that is not l
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import errno
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from tunesmith.errors import CheckpointError
+from tunesmith.models.adalora import budget_state, has_budget, set_budget_state
+from tunesmith.models.bottleneck import bottleneck_config, bottleneck_tensors
+from tunesmith.models.split_base import as_lora, restore_start, start_of
+from tunesmith.models.virtual_tokens import has_virtual_tokens
 
 _ADAPTER, WHOLE_MODEL = "adapter_model.safetensors", "model.safetensors"
+_METHOD_STATE = "adapter_state.safetensors"  # what a method has beside its weights, where it has any
 # One of these is in every checkpoint.
 WEIGHTS = (_ADAPTER, WHOLE_MODEL)
 
@@ -54,7 +61,7 @@ def artifact_weights(
     `dtype`, the format it was computed in. `whole` puts a tensor together, one at a time and in an order that
     is the same on every rank; a rank that does not keep them gets none."""
     state = model.state_dict(keep_vars=True)
-    is_adapter = hasattr(model, "peft_config")
+    is_adapter = _is_adapted(model)
     if is_adapter:
         ids = {id(tensor) for tensor in _adapter_tensors(model).values()}
         state = {name: tensor for name, tensor in state.items() if id(tensor) in ids}
@@ -67,11 +74,24 @@ def artifact_weights(
 
 
 def _save_pretrained(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
-    if hasattr(model, "peft_config"):
+    if (config := bottleneck_config(model)) is not None:
+        save_file(weights, folder / _ADAPTER, metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_bytes(_as_json(config))
+    elif (start := start_of(model)) is not None:
+        from peft import get_peft_model_state_dict
+
         _absolute_base_path(model)
-        # The embedding is never an adapter's; new rows go through trainable_token_indices, which PEFT saves
-        # itself.
-        model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+        state = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
+        plain, state = as_lora(model.peft_config["default"], state, start)
+        plain.inference_mode = True
+        save_file(state, folder / _ADAPTER, metadata={"format": "pt"})
+        plain.save_pretrained(str(folder))
+    elif hasattr(model, "peft_config"):
+        _absolute_base_path(model)
+        with _all_ranks(model):
+            # The embedding is never an adapter's; new rows go through trainable_token_indices, which PEFT
+            # saves itself.
+            model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     else:
         dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
         training_config = model.config
@@ -96,12 +116,17 @@ def _save_pretrained(folder: Path, model: Any, weights: dict[str, Tensor]) -> No
 def checkpoint_weights(model: Any) -> tuple[str, dict[str, Tensor], dict[str, bytes]]:
     """(name of the weights' file, weights, other files): what `load_checkpoint_weights` sets, in full
     precision, and the config that lets stock PEFT or transformers load it too. The tensors are the model's
-    own, not copies."""
+    own, not copies. (Of virtual tokens it is the network that makes them, which stock PEFT does not load.)"""
+    if (described := bottleneck_config(model)) is not None:
+        return _ADAPTER, bottleneck_tensors(model), {"adapter_config.json": _as_json(described)}
     if hasattr(model, "peft_config"):
         _absolute_base_path(model)
-        config = model.peft_config["default"].to_dict() | {"inference_mode": True}
-        text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # it has sets
-        return _ADAPTER, _adapter_tensors(model), {"adapter_config.json": text.encode()}
+        with _all_ranks(model):
+            config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+        files = {"adapter_config.json": _as_json(config)}
+        if state := _method_state(model):
+            files[_METHOD_STATE] = save(state)
+        return _ADAPTER, _adapter_tensors(model), files
     config = copy.deepcopy(model.config)
     config.use_cache = True  # off for training only
     config.architectures = [stock_class(model).__name__]
@@ -133,6 +158,8 @@ def load_checkpoint_weights(folder: Path, model: Any, set_whole: Callable[[Tenso
         for part in opened:
             for key in sorted(part.keys()):
                 set_whole(own[key], part.get_tensor(key))
+    if (folder / _METHOD_STATE).is_file():
+        _set_method_state(model, load_file(folder / _METHOD_STATE))
 
 
 def split_name(name: str, part: int, num_parts: int) -> str:
@@ -161,11 +188,61 @@ def stock_class(model: Any) -> type:
     return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
 
 
+def _is_adapted(model: Any) -> bool:
+    return hasattr(model, "peft_config") or bottleneck_config(model) is not None
+
+
 def _adapter_tensors(model: Any) -> dict[str, Tensor]:
+    """What is trained, or drawn once and kept, by the names it is saved under."""
+    if bottleneck_config(model) is not None:
+        return bottleneck_tensors(model)
+    if has_virtual_tokens(model):
+        return {f"prompt_encoder.{name}": p for name, p in model.prompt_encoder["default"].named_parameters()}
     from peft import get_peft_model_state_dict
 
     state = model.state_dict(keep_vars=True)
-    return dict(get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False))
+    with _all_ranks(model):
+        return dict(get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False))
+
+
+def _method_state(model: Any) -> dict[str, Tensor]:
+    """What a run needs of its method to go on with, beside the weights that are trained."""
+    if has_budget(model):
+        return budget_state(model)
+    return start_of(model) or {}
+
+
+def method_state_bytes(model: Any) -> int:
+    """How much that is once the run is under way: three averages of each weight of AdaLoRA."""
+    if has_budget(model):
+        return 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return sum(tensor.numel() * tensor.element_size() for tensor in _method_state(model).values())
+
+
+def _set_method_state(model: Any, state: dict[str, Tensor]) -> None:
+    if has_budget(model):
+        set_budget_state(model, state)
+    else:
+        restore_start(model, state)
+
+
+@contextlib.contextmanager
+def _all_ranks(model: Any) -> Iterator[None]:
+    """Have PEFT save all the ranks of AdaLoRA: those given up have a zero between their matrices, but between
+    two rounds of sharing out one of them may be trained again, and what PEFT leaves out would be missing."""
+    config = model.peft_config["default"]
+    before = getattr(config, "rank_pattern", None)
+    if has_budget(model):
+        config.rank_pattern = None
+    try:
+        yield
+    finally:
+        if has_budget(model):
+            config.rank_pattern = before
+
+
+def _as_json(config: dict[str, Any]) -> bytes:
+    return json.dumps(config, indent=2, sort_keys=True, default=sorted).encode()  # PEFT's have sets
 
 
 def _shapes(opened: Any) -> dict[str, list[int]]:

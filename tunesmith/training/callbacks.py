@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from tunesmith.models.adalora import allocate
 from tunesmith.models.cost import Cost
 from tunesmith.models.devices import peak_memory_gib
 from tunesmith.packing.steps import StepRows
@@ -67,6 +68,16 @@ class BeforeFirstStep(TrainerCallback):
         call, self._call = self._call, None
         if call is not None:
             call()
+
+
+class RankBudget(TrainerCallback):
+    """Has AdaLoRA judge its ranks after each step, while the gradients are there."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        allocate(self._model, state.global_step + 1)
 
 
 class StopOnSignal(TrainerCallback):

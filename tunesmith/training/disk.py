@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.config import Config
 from tunesmith.errors import ConfigError
-from tunesmith.models.save import checkpoint_weights
+from tunesmith.models.save import checkpoint_weights, method_state_bytes
 from tunesmith.training.durable_files import folder_bytes, free_bytes, in_words
 from tunesmith.training.state_files import weights_file
 
@@ -24,7 +24,8 @@ def weights_bytes(model: Any) -> int:
 def checkpoint_bytes(model: Any, optimizer: str) -> int:
     """A checkpoint of a model that is trained by this `train.optimizer`, as predicted."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return weights_bytes(model) + math.ceil(sum(_state_bytes(p, optimizer) for p in trained)) + _REST
+    moments = math.ceil(sum(_state_bytes(p, optimizer) for p in trained))
+    return weights_bytes(model) + moments + method_state_bytes(model) + _REST
 
 
 def _state_bytes(parameter: Any, optimizer: str) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tunesmith.config import Config
+from tunesmith.config.methods import METHODS
 from tunesmith.data.loading import RowSet
 from tunesmith.data.rows import CachedRows, StreamedRows
 from tunesmith.errors import ConfigError
@@ -117,6 +118,9 @@ class Need:
 def choose_recomputing(need: Need, config: Config) -> tuple[bool, str]:
     """Whether to recompute activations in the backward pass (gradient checkpointing), and why: as the config
     says, or by what one pass is estimated to need."""
+    method = config.adapter.method
+    if method is not None and not METHODS[method].recomputes:
+        return False, f"adapter.method {method} does not go with it"
     if config.train.gradient_checkpointing != "auto":
         return config.train.gradient_checkpointing, "as train.gradient_checkpointing says"
     size = config.train.micro_batch_tokens or 0

@@ -18,6 +18,7 @@ from tunesmith.data.loading import Data
 from tunesmith.data.prepare import text_frame
 from tunesmith.data.token_bytes import token_bytes
 from tunesmith.errors import CheckpointError, Interrupted
+from tunesmith.models.adalora import has_budget, orthogonality, plan_budget
 from tunesmith.models.adapt import count_parameters
 from tunesmith.models.cost import enable_gradient_checkpointing, size_lines, training_cost
 from tunesmith.models.devices import compute_dtype, matmul_flops_per_second
@@ -32,6 +33,7 @@ from tunesmith.training.callbacks import (
     BeforeFirstStep,
     KeepBest,
     MetricsFile,
+    RankBudget,
     Samples,
     Schedule,
     StopOnSignal,
@@ -84,6 +86,8 @@ class Session:
         if passes.recomputes:
             enable_gradient_checkpointing(model)
         arguments = training_arguments(config, self.plan, run.path, dtype=self.dtype)
+        if has_budget(model):
+            plan_budget(model, arguments.max_steps)
         # DDP looks for weights that a pass left out only where there may be some: it takes time.
         arguments.ddp_find_unused_parameters = any("expert" in name for name, _ in model.named_modules())
         self._signals = StopOnSignal(progress.say, arguments.world_size)
@@ -108,6 +112,7 @@ class Session:
             train_rows=data.train,
             valid_rows=data.valid,
             valid_batch_tokens=config.eval.batch_tokens or 0,
+            is_packed=passes.packing != "none",
             token_bytes=token_bytes(tokenizer) if config.run.recipe == "pretrain" else None,
             saver=saver,
             guard=guard,
@@ -117,6 +122,7 @@ class Session:
                 "versions": versions(),
             },
             lora_plus_ratio=config.adapter.lora_plus_ratio,
+            penalty=orthogonality if has_budget(model) else None,
             strategy=config.distributed.strategy,
             held=held,
             callbacks=[self._line],
@@ -320,7 +326,8 @@ class Session:
         followers = trackers(config, self.run.path, self.progress.say) if self.is_main else []
         writes = self.is_main or self.trainer.strategy.is_shared_out  # then all of them compute each token
         samples = [self._samples()] if config.eval.prompts and writes else []
-        return [schedule, metrics, *samples, self._best, self._signals, *followers]
+        ranks = [RankBudget(model)] if has_budget(model) else []
+        return [schedule, *ranks, metrics, *samples, self._best, self._signals, *followers]
 
     def _samples(self) -> Samples:
         """What the model goes on with at each evaluation."""

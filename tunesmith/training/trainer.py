@@ -92,9 +92,11 @@ class StepCounts:
 
 class PackTrainer(Trainer):
     """Trains `model` on `train_rows` in the order of `plan`, to lower `objective`; evaluates on `valid_rows`
-    if there are any. `collate` makes a pack of rows; `decode` turns token ids into text, for the report of a
-    bad step. `token_bytes` [V], where texts are evaluated, are the bytes a token stands for. `facts` are
-    written into the manifest of each checkpoint. `held`: which ranks have the weights."""
+    if there are any, several examples to a pass if `is_packed`. `collate` makes a pack of rows; `decode`
+    turns token ids into text, for the report of a bad step. `token_bytes` [V], where texts are evaluated, are
+    the bytes a token stands for. `facts` are written into the manifest of each checkpoint. `penalty` of a
+    model is a term of each step's loss that is not of its rows. `held`: which ranks have the
+    weights."""
 
     optimizer: Any  # transformers declares these without a type
     lr_scheduler: Any
@@ -111,11 +113,13 @@ class PackTrainer(Trainer):
         train_rows: RowSet,
         valid_rows: RowSet | None,
         valid_batch_tokens: int,
+        is_packed: bool,
         token_bytes: NDArray[np.int64] | None,
         saver: Saver,
         guard: StepGuard,
         facts: Mapping[str, Any],
         lora_plus_ratio: float = 1.0,
+        penalty: Callable[[Any], Tensor] | None = None,
         strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = "ddp",
         held: Held = EVERYWHERE,
         callbacks: Sequence[Any] = (),
@@ -127,12 +131,14 @@ class PackTrainer(Trainer):
         self.train_rows = train_rows
         self.valid_rows = valid_rows
         self.valid_batch_tokens = valid_batch_tokens
+        self.is_packed = is_packed
         self.token_bytes = None if token_bytes is None else torch.from_numpy(token_bytes)
         self.saver = saver
         self.guard = guard
         self.facts = facts
         self.lora_plus_ratio = lora_plus_ratio
         self.held = held
+        self.penalty = penalty
         ranks = args.world_size
         self.strategy: Strategy = (
             Whole()
@@ -253,6 +259,9 @@ class PackTrainer(Trainer):
         assert num_items_in_batch is not None
         share = total / num_items_in_batch.clamp(min=torch.finfo(torch.float32).tiny) * self.args.world_size
         self._step_losses.append(share.detach())
+        if self.penalty is not None and model.training:
+            penalty = self.penalty(self.accelerator.unwrap_model(model)) / len(self._step_packs)
+            share = share + (penalty - penalty.detach())  # its gradient; what is told is the objective
         return (share, None) if return_outputs else share
 
     def floating_point_ops(self, inputs: Pack) -> int:
@@ -269,8 +278,9 @@ class PackTrainer(Trainer):
             groups: dict[tuple[bool, bool], list[Any]] = {}
             for name, parameter in model.named_parameters():
                 if parameter.requires_grad:
-                    is_table = id(parameter) in tables or "trainable_tokens" in name
-                    key = (parameter.ndim >= 2 and not is_table, "lora_B" in name)
+                    # Rows of embeddings, and the factors of (IA)^3, which are nothing at 1 and not at 0.
+                    is_no_matrix = id(parameter) in tables or "trainable_tokens" in name or "ia3_l" in name
+                    key = (parameter.ndim >= 2 and not is_no_matrix, "lora_B" in name)
                     groups.setdefault(key, []).append(parameter)
             self._optimizer_groups = list(groups.values())
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -388,7 +398,9 @@ class PackTrainer(Trainer):
         started_at = time.perf_counter()
         rows = self.valid_rows
         ranks, rank = self.args.world_size, self.args.process_index
-        passes = fill_passes(rows.lengths, self.valid_batch_tokens)
+        passes = [[item] for item in range(len(rows.lengths))]
+        if self.is_packed:
+            passes = fill_passes(rows.lengths, self.valid_batch_tokens)
         # As many for each rank, since a model that is shared out is computed together: the last may be empty.
         passes += [[] for _ in range(-len(passes) % ranks)]
         sums = torch.zeros(4, dtype=torch.float64)
