@@ -49,16 +49,17 @@ class Tuned:
         return [int(id_) for id_ in ids]
 
 
-def load_tuned(found: Found, say: Say) -> Tuned:
+def load_tuned(found: Found, say: Say, adapter_name: str = "default") -> Tuned:
     """Load what was found, on the fastest device that is there, in evaluation mode; an adapter on its base as
     it was trained, in 4 or 8 bits if it was. The config of its run says how its base is to be loaded.
 
-    Raises ModelError if it cannot be loaded, TemplateError if it has no chat template."""
+    `adapter_name` is what the model calls the adapter. Raises ModelError if it cannot be loaded,
+    TemplateError if it has no chat template."""
     tokenizer = load_own_tokenizer(found)
     if not tokenizer.chat_template:
         raise TemplateError(f"{found.home}: its tokenizer has no chat template; it is no chat model.")
     dtype, why = compute_dtype(ModelConfig(path=found.base))
-    model = load_own_model(found, tokenizer, dtype, say)
+    model = load_own_model(found, tokenizer, dtype, say, adapter_name)
     settings = model.generation_config
     if settings.eos_token_id is None:
         settings.eos_token_id = tokenizer.eos_token_id
@@ -85,17 +86,24 @@ def load_own_tokenizer(found: Found) -> Any:
         raise ModelError(f"{source}: no tokenizer can be loaded from it: {first_line(error)}") from error
 
 
-def load_own_model(found: Found, tokenizer: Any, dtype: torch.dtype, say: Say) -> Any:
-    """What was found, in evaluation mode; what its base computes in is `dtype`. Raises ModelError if it
-    cannot be loaded."""
+def load_own_model(
+    found: Found,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    say: Say,
+    adapter_name: str = "default",
+    held: ModelConfig | None = None,
+) -> Any:
+    """What was found, in evaluation mode; what its base computes in is `dtype`, and it is `held` as it was
+    trained unless that is given. Raises ModelError if it cannot be loaded."""
     from transformers import GenerationConfig
 
     try:
-        model = load_base(found, len(tokenizer), dtype, say)
+        model = load_base(found, len(tokenizer), dtype, say, held)
         if found.adapter is not None:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, str(found.adapter))
+            model = PeftModel.from_pretrained(model, str(found.adapter), adapter_name=adapter_name)
             if (found.adapter / "generation_config.json").is_file():
                 model.generation_config = GenerationConfig.from_pretrained(str(found.adapter))
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -104,13 +112,15 @@ def load_own_model(found: Found, tokenizer: Any, dtype: torch.dtype, say: Say) -
     return model.eval()
 
 
-def load_base(found: Found, vocabulary: int, dtype: torch.dtype, say: Say) -> Any:
+def load_base(
+    found: Found, vocabulary: int, dtype: torch.dtype, say: Say, held: ModelConfig | None = None
+) -> Any:
     """The base model as an adapter was trained on it, on the fastest device: quantised if it was, with rows
     for the tokens that the run added (of which the adapter has the values)."""
     from transformers import AutoModelForCausalLM
 
     settings, options = base_config(found, say), source_options(found)
-    wanted = found.base_settings
+    wanted = held or found.base_settings
     if wanted.quantization != "none":
         options["quantization_config"] = quantization_config(wanted, dtype)
     model = AutoModelForCausalLM.from_pretrained(

@@ -134,16 +134,16 @@ def quantized_names(skeleton: Any, model: ModelConfig, dtype: torch.dtype) -> se
 
 
 def as_quantized(weight: Tensor, model: ModelConfig, dtype: torch.dtype) -> Tensor:
-    """The numbers [out, in] that a weight has once it is loaded in `dtype` and quantised: what an adapter
-    trains on. The same as those of the loaded model, bit for bit."""
+    """The numbers [out, in], in float32, that a weight stands for once it is loaded in `dtype` and quantised:
+    what an adapter trains on. Products take them rounded to the format they are made in."""
     weight = weight.to(dtype)
     if model.quantization == "torchao_int8":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=dtype, device="meta")
+        layer: Any = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         layer.weight = torch.nn.Parameter(weight, requires_grad=False)
         quantize_(layer, Int8WeightOnlyConfig())
-        return layer.weight.dequantize()
+        return layer.weight.dequantize(torch.float32)
     import bitsandbytes.functional as bnb
 
     if model.quantization == "int8":
@@ -152,4 +152,5 @@ def as_quantized(weight: Tensor, model: ModelConfig, dtype: torch.dtype) -> Tens
     packed, state = bnb.quantize_4bit(
         weight, blocksize=_BLOCK, compress_statistics=model.double_quantization, quant_type="nf4"
     )
+    state.dtype = torch.float32
     return bnb.dequantize_4bit(packed, state)
