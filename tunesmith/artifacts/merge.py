@@ -316,7 +316,8 @@ class _Work:
             self._say(f"against the adapter on the base as it was trained: {other.line()}")
         limit = tolerance
         if limit is None:
-            limit = _INT8_TOLERANCE if self._held.quantization == "int8" else _TOLERANCE[dtype]
+            limit = max(_TOLERANCE[dtype], _TOLERANCE[computes])  # what compares them rounds, too
+            limit = _INT8_TOLERANCE if self._held.quantization == "int8" else limit
         if not agreement.kl <= limit:
             raise MergeError(
                 f"the merged model does not predict what the adapter does, and was not kept: "
