@@ -31,6 +31,7 @@ VERBS = [
     "prepare",
     "preview",
     "chat",
+    "merge",
     "checkpoints",
     "verify-resume",
     "tokenizer",

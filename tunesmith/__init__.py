@@ -10,18 +10,25 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tunesmith.artifacts.merge import merge
     from tunesmith.recipes.pretrain import pretrain
     from tunesmith.recipes.sft import sft
     from tunesmith.recipes.train import RunResult
 
-__all__ = ["RunResult", "__version__", "pretrain", "sft"]
+__all__ = ["RunResult", "__version__", "merge", "pretrain", "sft"]
 __version__ = version("tunesmith")
+_PLACES = {
+    "sft": "recipes.sft",
+    "pretrain": "recipes.pretrain",
+    "RunResult": "recipes.train",
+    "merge": "artifacts.merge",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Recipes are imported when they are asked for: they bring torch, which takes seconds."""
-    if name in ("sft", "pretrain", "RunResult"):
+    """Verbs are imported when they are asked for: they bring torch, which takes seconds."""
+    if name in _PLACES:
         from importlib import import_module
 
-        return getattr(import_module(f"tunesmith.recipes.{'train' if name == 'RunResult' else name}"), name)
+        return getattr(import_module(f"tunesmith.{_PLACES[name]}"), name)
     raise AttributeError(f"module 'tunesmith' has no attribute {name!r}")

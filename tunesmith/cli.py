@@ -202,6 +202,54 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     chat.set_defaults(run=_chat)
 
+    merge = verbs.add_parser(
+        "merge",
+        parents=[common],
+        help="work adapters into their base",
+        description="Work the adapter of a run, or several, into their base model, and compare the "
+        "result with them before it is kept.",
+    )
+    merge.add_argument("models", nargs="+", metavar="RUN", help="run folder or adapter folder")
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    merge.add_argument(
+        "--base",
+        choices=("dequantized", "original"),
+        default="dequantized",
+        help="of a quantised base: the weights that were trained on (default), or those from before",
+    )
+    merge.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the weights written (default: as the base stores them)",
+    )
+    merge.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="NATS",
+        help="mean KL to the adapter up to which the result is kept (default 1e-3 in bfloat16, 1e-4 in "
+        "float16, 1e-6 in float32; 1e-2 on an int8 base)",
+    )
+    merge.add_argument("--data", metavar="FILE", help="rows to compare on (default: the run's)")
+    merge.add_argument(
+        "--weights", nargs="+", type=float, metavar="W", help="one for each RUN (default: equal, sum 1)"
+    )
+    merge.add_argument(
+        "--combine", choices=("linear", "ties", "dare_linear", "dare_ties"), help="how (default linear)"
+    )
+    merge.add_argument(
+        "--density",
+        type=float,
+        metavar="D",
+        help="with ties and dare: share of entries that stay (default 0.5)",
+    )
+    merge.add_argument(
+        "--seed", type=int, metavar="N", help="with dare: of the entries that stay (default 0)"
+    )
+    merge.add_argument(
+        "--as-adapter", action="store_true", help="write the combination as an adapter, not a merged model"
+    )
+    merge.set_defaults(run=_merge)
+
     checkpoints = verbs.add_parser(
         "checkpoints",
         parents=[common],
@@ -361,6 +409,26 @@ def _chat(options: argparse.Namespace) -> None:
     from tunesmith.inference.chat import chat
 
     chat(options.model, system=options.system, max_new_tokens=options.max_new_tokens)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from tunesmith.artifacts.combine import combination_of
+    from tunesmith.artifacts.merge import merge
+
+    merge(
+        options.models,
+        options.out,
+        base=options.base,
+        dtype=options.dtype,
+        combination=combination_of(
+            len(options.models), options.weights, options.combine, options.density, options.seed
+        ),
+        as_adapter=options.as_adapter,
+        tolerance=options.tolerance,
+        data=options.data,
+        say=lambda line: print(line, flush=True),
+    )
 
 
 def _checkpoints(options: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ mistakes only.
         ModelError                 the model or adapter cannot be loaded or adapted as asked
         MissingExtraError          an optional package is not installed
       CheckpointError              a checkpoint is damaged or does not belong to this run
+      MergeError                   a merged model does not predict what its adapter does
       TrainingError                training cannot go on (a loss that is not finite)
       RankError                    one of several processes has failed, is late or has gone
       Interrupted                  SIGINT or SIGTERM ended the run after a save: exit code 130 or 143
@@ -59,6 +60,10 @@ class MissingExtraError(UserError):
 
 class CheckpointError(TunesmithError):
     """A checkpoint is damaged, or belongs to another run."""
+
+
+class MergeError(TunesmithError):
+    """A merged model does not predict what its adapter does; it was not kept."""
 
 
 class TrainingError(TunesmithError):

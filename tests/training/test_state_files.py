@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tunesmith.errors import CheckpointError
 from tunesmith.training import durable_files
 from tunesmith.training.random_state import random_state, restore_random_state
-from tunesmith.training.state_files import _DTYPES, read_state, state_file, weights_file
+from tunesmith.training.state_files import DTYPES, read_state, state_file, weights_file
 
 
 def write(file, content):
@@ -25,7 +25,7 @@ def write(file, content):
 
 
 def test_stock_safetensors_reads_every_kind_of_tensor(tmp_path):
-    tensors = {str(dtype): torch.tensor([[0.0], [1.0], [1.0]]).to(dtype) for dtype in _DTYPES}
+    tensors = {str(dtype): torch.tensor([[0.0], [1.0], [1.0]]).to(dtype) for dtype in DTYPES}
     tensors |= {"empty": torch.empty(0, 3), "scalar": torch.tensor(3.5), "turned": torch.rand(3, 4).t()}
     write(tmp_path / "w", weights_file(tensors))
     loaded = load_file(tmp_path / "w")

@@ -19,9 +19,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return read
 
 
-def load_adapter(model: Any, folder: Path) -> Any:
+def load_adapter(model: Any, folder: Path, name: str = "default") -> Any:
     """The base model with the adapter in this folder on it, ready to answer: PEFT's methods by PEFT, ours by
-    us. The base is the one it was trained on, with as many embeddings as its tokenizer has tokens.
+    us. The base is the one it was trained on, with as many embeddings as its tokenizer has tokens. `name`: of
+    the adapter, where PEFT is to know several.
 
     Raises OSError, ValueError or RuntimeError if it cannot be read or does not fit."""
     config = read_adapter_config(folder)
@@ -34,7 +35,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     with warnings.catch_warnings():
         # PEFT says so of norms, which are what ln_tuning is for.
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
-        adapted: Any = PeftModel.from_pretrained(model, str(folder)).eval()
+        adapted: Any = PeftModel.from_pretrained(model, str(folder), adapter_name=name).eval()
     if has_virtual_tokens(adapted):
         use_own_forward(adapted)
     return adapted

@@ -56,12 +56,25 @@ def steady_memory() -> None:
     of a 135M model met 50,000 page faults, and 19,000 so."""
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, str(_KERNELS))
-    if default_device().type != "cpu" or not sys.platform.startswith("linux"):
+    if default_device().type == "cpu":
+        _set_allocator(2**30)
+
+
+def frugal_memory() -> None:
+    """The other way: give every large block back at once. By default glibc keeps what blocks of ever other
+    sizes leave behind: merging 320 MB matrix by matrix held 385 MB in the end, and so 81 MB at most.
+    `steady_memory` undoes it."""
+    _set_allocator(2**20)
+
+
+def _set_allocator(from_bytes: int) -> None:
+    """From which size on a block is the system's own, and how much may be free before some is given back."""
+    if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            mallopt(parameter, 2**30)
+            mallopt(parameter, from_bytes)
 
 
 _KERNELS = 128

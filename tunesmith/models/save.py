@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
+from tunesmith.config import ModelConfig
 from tunesmith.errors import CheckpointError
 from tunesmith.models.adalora import budget_state, has_budget, set_budget_state
 from tunesmith.models.bottleneck import bottleneck_config, bottleneck_tensors
@@ -25,6 +26,8 @@ from tunesmith.models.virtual_tokens import has_virtual_tokens
 
 _ADAPTER, WHOLE_MODEL = "adapter_model.safetensors", "model.safetensors"
 _METHOD_STATE = "adapter_state.safetensors"  # what a method has beside its weights, where it has any
+# Beside an adapter whose base was quantised: how, since PEFT's own file does not say.
+BASE_SETTINGS = "tunesmith.json"
 # One of these is in every checkpoint.
 WEIGHTS = (_ADAPTER, WHOLE_MODEL)
 
@@ -37,9 +40,10 @@ def write_artifact(
     *,
     stop_ids: Iterable[int],
     readme: str,
+    base: ModelConfig,
 ) -> None:
     """Write the adapter (or the whole model), tokenizer, chat template, generation_config and model card into
-    an empty folder.
+    an empty folder; of a quantised `base`, too, how it was.
 
     `model` is unwrapped (no DDP), `weights` are those of `artifact_weights`. `stop_ids` end a generated
     answer, beside those the base model stops at. Raises OSError if they cannot be written."""
@@ -50,8 +54,16 @@ def write_artifact(
     tokenizer.save_pretrained(folder)
     generation_config(model, tokenizer, stop_ids).save_pretrained(folder)
     (folder / "README.md").write_text(readme, encoding="utf-8")
+    write_base_settings(folder, base)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
+def write_base_settings(folder: Path, base: ModelConfig) -> None:
+    """Beside an adapter, how its base was quantised; nothing if it was not."""
+    if base.quantization != "none":
+        held = {key: getattr(base, key) for key in ("quantization", "double_quantization")}
+        (folder / BASE_SETTINGS).write_text(json.dumps({"base": held}, indent=2) + "\n", encoding="utf-8")
 
 
 def artifact_weights(

@@ -8,7 +8,7 @@ metadata of the header. Reading one makes nothing but such a tree, whoever wrote
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from tunesmith.errors import CheckpointError
 
 # https://huggingface.co/docs/safetensors, "Format"
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
     torch.uint64: "U64",
@@ -52,12 +52,14 @@ class TensorFile:
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()}
         return TensorFile(copies, self.metadata)
 
-    def chunks(self) -> Iterator[bytes | memoryview]:
-        """The bytes of the file."""
+    def chunks(self, read: Callable[[str], Tensor] | None = None) -> Iterator[bytes | memoryview]:
+        """The bytes of the file. With `read`, `tensors` only say of which format and shape the values are
+        that it gives, each when its turn has come."""
         header, order = self._header()
         yield header
         for name in order:
-            flat = self.tensors[name].detach().cpu().contiguous().reshape(-1)
+            tensor = self.tensors[name] if read is None else read(name)
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
             if flat.numel():
                 yield flat.view(torch.uint8).numpy().data
 
@@ -75,7 +77,7 @@ class TensorFile:
             tensor = self.tensors[name]
             end = at + tensor.nbytes
             entries[name] = {
-                "dtype": _DTYPES[tensor.dtype],
+                "dtype": DTYPES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [at, end],
             }
