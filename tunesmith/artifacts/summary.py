@@ -98,10 +98,10 @@ def stop_rates(given: dict[str, Any], asked: Sequence[Question]) -> dict[str, An
 
 def _warn_of_stops(session: Session, summary: dict[str, Any]) -> Iterator[str]:
     if summary.get("stop_rate", 1.0) < _LOW_STOP_RATE:
+        rate, rows = f"{100 * summary['stop_rate']:.0f} %", summary["stop_rate_rows"]
         yield (
-            f"warning: only {100 * summary['stop_rate']:.0f} % of {summary['stop_rate_rows']} answers ended by "
-            f"themselves within {session.max_answer_tokens} tokens. Train longer, or look at where the answers "
-            "of the data end: tunesmith preview."
+            f"warning: only {rate} of {rows} answers ended by themselves within {session.max_answer_tokens} "
+            "tokens. Train longer, or look at where the answers of the data end: tunesmith preview."
         )
 
 
@@ -185,8 +185,6 @@ def _percentages(summary: dict[str, Any]) -> str:
 def _stops(summary: dict[str, Any]) -> str:
     if "stop_rate" not in summary:
         return ""
-    before, after = (
-        f"{100 * summary[name]:.0f} %" if name in summary else ""
-        for name in ("stop_rate_before", "stop_rate")
-    )
-    return f"{f'{before} -> ' if before else ''}{after} of {summary['stop_rate_rows']}"
+    names = ("stop_rate_before", "stop_rate")
+    rates = [f"{100 * summary[name]:.0f} %" for name in names if name in summary]
+    return f"{' -> '.join(rates)} of {summary['stop_rate_rows']}"
