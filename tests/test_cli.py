@@ -31,6 +31,7 @@ VERBS = [
     "prepare",
     "preview",
     "chat",
+    "generate",
     "checkpoints",
     "verify-resume",
     "tokenizer",

@@ -12,11 +12,18 @@ import traceback
 from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import Interrupted, TunesmithError, UserError
 
+if TYPE_CHECKING:
+    from tunesmith.inference.generate import Manner
+
 # Those that `launch` starts.
 _TRAINING_VERBS = ("sft", "pretrain")
+
+_MODEL = "run folder, adapter folder, model folder or hub id"
+_FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text")
 
 _EPILOG = """exit codes: 0 done, 1 the run failed, 2 your input is wrong, 130/143 stopped by SIGINT/SIGTERM,
 141 the reader of the output went away"""
@@ -195,12 +202,27 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         help="talk to a run or model",
         description="Talk to a run, adapter or model.",
     )
-    chat.add_argument("model", help="run folder, adapter folder, model folder or hub id")
+    chat.add_argument("model", help=_MODEL)
     chat.add_argument("--system", help="system prompt")
     chat.add_argument(
         "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)"
     )
     chat.set_defaults(run=_chat)
+
+    generate = verbs.add_parser(
+        "generate",
+        parents=[common],
+        help="answer the rows of a file",
+        description="Answer every row of a file. A command that was stopped goes on where it was.",
+    )
+    generate.add_argument("model", help=_MODEL)
+    generate.add_argument(
+        "--input", required=True, metavar="FILE", help="rows of any format; a path as in data"
+    )
+    generate.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines to write")
+    _add_rows(generate)
+    _add_manner(generate)
+    generate.set_defaults(run=_generate)
 
     checkpoints = verbs.add_parser(
         "checkpoints",
@@ -284,6 +306,35 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     return parser, list(verbs.choices)
 
 
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", default="auto", choices=_FORMATS, help="of the rows (default: found)")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=OURS",
+        help="rename a column before the format is found, as data.columns does: --column question=instruction",
+    )
+
+
+def _add_manner(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)"
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="most tokens at once: rows times prompt and answer (default 16384)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy"
+    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens only")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default 0)")
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file")
     parser.add_argument(
@@ -361,6 +412,37 @@ def _chat(options: argparse.Namespace) -> None:
     from tunesmith.inference.chat import chat
 
     chat(options.model, system=options.system, max_new_tokens=options.max_new_tokens)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from tunesmith.inference.generate import generate
+
+    generate(
+        options.model,
+        input=options.input,
+        output=options.output,
+        manner=_manner(options),
+        format=options.format,
+        columns=options.column,
+        say=_note,
+    )
+
+
+def _manner(options: argparse.Namespace) -> Manner:
+    from tunesmith.inference.generate import Manner
+
+    return Manner(
+        options.max_new_tokens, options.temperature, options.top_p, options.seed, options.batch_tokens
+    )
+
+
+def _note(message: str) -> None:
+    """A word beside the output, which may go through a pipe."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text(message, "dim"), soft_wrap=True)
 
 
 def _checkpoints(options: argparse.Namespace) -> None:

@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import make_tiny_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tunesmith.artifacts import tuned as tuned_module
 from tunesmith.artifacts.found import Found, find_model
 from tunesmith.artifacts.tuned import Tuned, load_tuned
 from tunesmith.errors import ModelError, TemplateError
@@ -23,37 +21,6 @@ from tunesmith.inference import chat as chat_module
 from tunesmith.inference.chat import begin, chat
 
 QUESTION = "one two?"
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_tiny_model(tmp_path_factory.mktemp("chat") / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter *= 4  # else it says the same letter whatever it is asked
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter whose update is not nil, as stock PEFT saves it: without a tokenizer."""
-    torch.manual_seed(1)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
-        LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False),
-    )
-    folder = tmp_path_factory.mktemp("chat") / "adapter"
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights decide between near ties; in bfloat16 a kernel could decide otherwise."""
-    monkeypatch.setattr(tuned_module, "compute_dtype", lambda _: (torch.float32, "for the test"))
 
 
 @pytest.fixture

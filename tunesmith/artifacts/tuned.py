@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from tunesmith.artifacts.found import Found, Say, first_line
-from tunesmith.config import ModelConfig
-from tunesmith.data.encoding import Encoder
-from tunesmith.data.records import BadRow
-from tunesmith.data.templates import REFUSALS
+from tunesmith.config import Config, ModelConfig
+from tunesmith.data.prepare import PrepareOptions, Preparer
+from tunesmith.data.records import BadRow, Record
+from tunesmith.data.templates import TrainOn
 from tunesmith.errors import ModelError, TemplateError
 from tunesmith.models.devices import compute_dtype, default_device
 from tunesmith.models.load import scale_rope
@@ -21,12 +23,13 @@ from tunesmith.models.load import scale_rope
 @dataclass(frozen=True)
 class Tuned:
     """A model that answers, and the tokenizer that was trained with it. Its generation_config names what ends
-    an answer and what pads."""
+    an answer and what pads. `preparer` renders and encodes as in training, but gives no system prompt of its
+    own."""
 
     found: Found
     model: Any
     tokenizer: Any
-    encoder: Encoder
+    preparer: Preparer
 
     @property
     def stop_ids(self) -> list[int]:
@@ -34,38 +37,79 @@ class Tuned:
         stops = self.model.generation_config.eos_token_id
         return [stops] if isinstance(stops, int) else list(stops or [])
 
-    def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
         """The messages as the model was trained to see them, up to where its answer begins: what they say is
         never a control token. Raises TemplateError where the template refuses them."""
         try:
-            stand_ins = self.encoder.stand_ins(messages)
-            text = self.tokenizer.apply_chat_template(
-                self.encoder.shield(messages, stand_ins), add_generation_prompt=True, tokenize=False
-            )
-        except (*REFUSALS, BadRow) as error:
-            raise TemplateError(f"the model's chat template refuses this conversation: {error}") from error
-        ((ids, _),) = self.encoder.encode([self.encoder.name_control_tokens(text, stand_ins)])
+            ids = self.preparer.prompt_ids(Record(messages=tuple(messages), tools=tuple(tools)))
+        except BadRow as error:
+            raise TemplateError(
+                f"the model's chat template refuses this conversation: {error.detail}"
+            ) from error
         return [int(id_) for id_ in ids]
 
+    def preparer_of(self, *, system: str | None, train_on: TrainOn) -> Preparer:
+        """One that gives every conversation this system prompt, and takes these tokens for targets."""
+        options = replace(self.preparer.options, system=system, train_on=train_on)
+        return Preparer(self.tokenizer, options)
 
-def load_tuned(found: Found, say: Say) -> Tuned:
+
+# Of rows that are read already, and of which nothing is to be cut.
+_OPTIONS = PrepareOptions("messages", {}, None, "assistant", sys.maxsize, "error")
+
+
+def load_tuned(found: Found, say: Say, *, needs_template: bool = True) -> Tuned:
     """Load what was found, on the fastest device that is there, in evaluation mode. The config of its run
     says how its base is to be loaded.
 
-    Raises ModelError if it cannot be loaded, TemplateError if it has no chat template."""
+    Raises ModelError if it cannot be loaded, TemplateError if it has no chat template and needs one."""
     tokenizer = _load_tokenizer(found)
-    dtype, why = compute_dtype(ModelConfig(path=found.base))
+    if needs_template and not tokenizer.chat_template:
+        raise TemplateError(f"{found.home}: its tokenizer has no chat template; it is no chat model.")
+    dtype, why = compute_dtype(found.run.model if found.run is not None else ModelConfig(path=found.base))
     model = _load_model(found, tokenizer, dtype, say)
-    settings = model.generation_config
-    if settings.eos_token_id is None:
-        settings.eos_token_id = tokenizer.eos_token_id
-    if settings.pad_token_id is None:
-        settings.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
+    _complete(model.generation_config, tokenizer)
     adapter = f"adapter {found.adapter} on " if found.adapter else ""
     say(f"{adapter}{found.base}, {str(dtype).removeprefix('torch.')}: {why}")
-    return Tuned(found, model, tokenizer, Encoder(tokenizer))
+    return Tuned(found, model, tokenizer, Preparer(tokenizer, _OPTIONS))
+
+
+def _complete(settings: Any, tokenizer: Any) -> None:
+    """What ends an answer and what pads, where the generation settings do not say."""
+    if settings.eos_token_id is None:
+        settings.eos_token_id = tokenizer.eos_token_id
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def base_of(tuned: Tuned, say: Say) -> Iterator[Any | None]:
+    """The model that was tuned, as it was before; None if the run began with random weights, or the folder
+    does not say what it was made of. An adapter is turned off for the time; else the base is loaded beside
+    the tuned model."""
+    found = tuned.found
+    if found.adapter is not None:
+        with tuned.model.disable_adapter():
+            yield tuned.model
+    elif found.run is None or found.run.model.path is None:
+        yield None
+    else:
+        yield _load_base(found.run, tuned, say)
+
+
+def _load_base(run: Config, tuned: Tuned, say: Say) -> Any:
+    found = Found(str(run.model.path), run=run)
+    dtype, _ = compute_dtype(run.model)
+    model = _load_model(found, tuned.tokenizer, dtype, say)
+    if len(tuned.tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tuned.tokenizer))  # it knows nothing of tokens the run added
+    _complete(model.generation_config, tuned.tokenizer)
+    say(f"base model {found.base}")
+    return model
 
 
 def _load_tokenizer(found: Found) -> Any:
@@ -77,8 +121,6 @@ def _load_tokenizer(found: Found) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{source}: no tokenizer can be loaded from it: {first_line(error)}") from error
-    if not tokenizer.chat_template:
-        raise TemplateError(f"{source}: its tokenizer has no chat template; it is no chat model.")
     return tokenizer
 
 
@@ -86,7 +128,7 @@ def _load_model(found: Found, tokenizer: Any, dtype: torch.dtype, say: Say) -> A
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     run, source = found.run, dict[str, Any]()
-    if run is not None and found.adapter is not None:
+    if run is not None and (found.adapter is not None or found.base == run.model.path):
         source = {"trust_remote_code": run.model.trust_remote_code, "revision": run.model.revision}
     try:
         settings = AutoConfig.from_pretrained(found.base, **source)
