@@ -32,6 +32,7 @@ VERBS = [
     "preview",
     "chat",
     "generate",
+    "eval",
     "checkpoints",
     "verify-resume",
     "tokenizer",

@@ -224,6 +224,39 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     _add_manner(generate)
     generate.set_defaults(run=_generate)
 
+    evaluate = verbs.add_parser(
+        "eval",
+        parents=[common],
+        help="measure a run against its base model",
+        description="Measure a run against the model it was tuned from, on rows with answers or on tasks of "
+        "lm-evaluation-harness. A command that was stopped goes on with the answers it has.",
+    )
+    evaluate.add_argument("model", help=_MODEL)
+    evaluate.add_argument("--data", metavar="FILE", help="rows with answers; a path as in data")
+    evaluate.add_argument(
+        "--metrics",
+        default="loss,exact_match,f1,rouge",
+        metavar="NAME,...",
+        help="of loss, exact_match, f1, rouge, json_valid, json_equal (default: the first four)",
+    )
+    evaluate.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write (default: RUN/eval/NAME_OF_DATA)"
+    )
+    evaluate.add_argument(
+        "--resamples", type=int, default=10_000, metavar="N", help="of the bootstrap (default 10000)"
+    )
+    evaluate.add_argument(
+        "--tasks", metavar="NAME,...", help="tasks of lm-evaluation-harness, instead of rows"
+    )
+    evaluate.add_argument("--include-path", type=Path, metavar="DIR", help="folder of tasks of your own")
+    evaluate.add_argument(
+        "--apply-chat-template", action="store_true", help="ask tasks as a chat, as the model was tuned"
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="rows of each task, for a first look")
+    _add_rows(evaluate)
+    _add_manner(evaluate)
+    evaluate.set_defaults(run=_evaluate)
+
     checkpoints = verbs.add_parser(
         "checkpoints",
         parents=[common],
@@ -313,7 +346,7 @@ def _add_rows(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=OURS",
-        help="rename a column before the format is found, as data.columns does: --column question=instruction",
+        help="rename a column before the format is found, as data.columns does: --column q=instruction",
     )
 
 
@@ -423,6 +456,41 @@ def _generate(options: argparse.Namespace) -> None:
         input=options.input,
         output=options.output,
         manner=_manner(options),
+        format=options.format,
+        columns=options.column,
+        say=_note,
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from tunesmith.errors import ConfigError
+
+    if (options.data is None) == (options.tasks is None):
+        raise ConfigError("eval needs either rows (--data FILE) or tasks (--tasks NAME,...).")
+    _quiet_libraries()
+    if options.tasks is not None:
+        from tunesmith.inference.tasks import evaluate_tasks
+
+        evaluate_tasks(
+            options.model,
+            options.tasks.split(","),
+            include_path=options.include_path,
+            apply_chat_template=options.apply_chat_template,
+            limit=options.limit,
+            out=options.out,
+            seed=options.seed,
+            say=_note,
+        )
+        return
+    from tunesmith.inference.evaluate import evaluate
+
+    evaluate(
+        options.model,
+        data=options.data,
+        metrics=options.metrics.split(","),
+        manner=_manner(options),
+        out=options.out,
+        resamples=options.resamples,
         format=options.format,
         columns=options.column,
         say=_note,

@@ -208,12 +208,9 @@ def test_a_killed_process_goes_on_and_ends_with_the_same_file(model_folder: Path
 
     def command(output: str) -> list[str]:
         main = "import sys; from tunesmith.cli import main; sys.exit(main())"
+        files = ["--input", str(rows), "--output", str(tmp_path / output)]
         settings = ["--max-new-tokens", "60", "--batch-tokens", "400"]
-        return [sys.executable, "-c", main, "generate", str(model_folder), "--input", str(rows)] + [
-            "--output",
-            str(tmp_path / output),
-            *settings,
-        ]
+        return [sys.executable, "-c", main, "generate", str(model_folder), *files, *settings]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run(command("whole.jsonl"), env=environment, check=True, capture_output=True)
