@@ -31,6 +31,7 @@ VERBS = [
     "prepare",
     "preview",
     "chat",
+    "serve",
     "generate",
     "eval",
     "checkpoints",

@@ -209,6 +209,30 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     chat.set_defaults(run=_chat)
 
+    serve = verbs.add_parser(
+        "serve",
+        parents=[common],
+        help="serve a run or model to OpenAI clients",
+        description="Serve a run, adapter or model by OpenAI's chat API, on this machine alone.",
+    )
+    serve.add_argument("model", help=_MODEL)
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default 127.0.0.1: this machine alone); others need --api-key",
+    )
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000; 0: a free one")
+    serve.add_argument("--api-key", metavar="KEY", help="what clients must give as their key")
+    serve.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="longest answer where a request does not say (default 1024)",
+    )
+    serve.set_defaults(run=_serve)
+
     generate = verbs.add_parser(
         "generate",
         parents=[common],
@@ -445,6 +469,20 @@ def _chat(options: argparse.Namespace) -> None:
     from tunesmith.inference.chat import chat
 
     chat(options.model, system=options.system, max_new_tokens=options.max_new_tokens)
+
+
+def _serve(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from tunesmith.inference.serve import serve
+
+    serve(
+        options.model,
+        host=options.host,
+        port=options.port,
+        api_key=options.api_key,
+        max_new_tokens=options.max_new_tokens,
+        say=_note,
+    )
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ _SAMPLE_ROWS = 32  # looked at to find the format
 _BAD_ROWS_SHOWN = 20
 # Stands where a row has no answer, so that it is found and read as one that has; never shown to a model.
 _STAND_IN = "-"
+_ANSWER = {"role": "assistant", "content": _STAND_IN, "weight": 1}
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,14 @@ def read_asked(path: str, *, format: Format = "auto", columns: Sequence[str] = (
     if not asked:
         raise DataError(f"{path}: there is no row in it.")
     return asked
+
+
+def question(messages: Any, tools: Any = None) -> Record:
+    """A conversation that awaits an answer, as a client sends it, read as rows of data are. Raises BadRow."""
+    if not isinstance(messages, list) or not messages:
+        raise BadRow("empty", "messages must be a list of turns, and not empty")
+    record, _ = read_record({"messages": [*messages, _ANSWER], "tools": tools}, "messages", {})
+    return _without_last(record)
 
 
 def prompts(asked: Sequence[Asked], preparer: Preparer) -> list[NDArray[np.int32]]:
@@ -125,7 +134,7 @@ def _read(row: RawRow, format: Format, columns: dict[str, str]) -> Asked:
     name = next((key for key in ("messages", "conversations", "conversation") if key in filled), None)
     if format in ("messages", "sharegpt") and name is not None and isinstance(filled[name], list):
         # An answer behind the last turn, whatever that is: it is taken off again.
-        filled[name] = [*filled[name], {"role": "assistant", "content": _STAND_IN, "weight": 1}]
+        filled[name] = [*filled[name], _ANSWER]
         record = _without_last(read_record(filled, format, {})[0])
         has_answer = bool(record.messages) and record.messages[-1]["role"] == "assistant"
         prompt = _without_last(record) if has_answer else record
