@@ -207,6 +207,13 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     chat.add_argument(
         "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)"
     )
+    chat.add_argument(
+        "--compare-base", action="store_true", help="let the model that was tuned answer beside it"
+    )
+    chat.add_argument(
+        "--temperature", type=float, metavar="T", help="0 is greedy (default: as generation_config says)"
+    )
+    chat.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens only")
     chat.set_defaults(run=_chat)
 
     serve = verbs.add_parser(
@@ -467,8 +474,15 @@ def _preview(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     _quiet_libraries()
     from tunesmith.inference.chat import chat
+    from tunesmith.inference.speak import Drawing
 
-    chat(options.model, system=options.system, max_new_tokens=options.max_new_tokens)
+    chat(
+        options.model,
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        compares_base=options.compare_base,
+        drawing=Drawing(options.temperature, options.top_p),
+    )
 
 
 def _serve(options: argparse.Namespace) -> None:

@@ -256,7 +256,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="is there already"):
         run(output=there)
-    with pytest.raises(ConfigError, match="--temperature -1: expected 0 or more"):
+    with pytest.raises(ConfigError, match="--temperature -1: expected a number of 0 or more"):
         run(Manner(temperature=-1))
     with pytest.raises(ConfigError, match="--top-p is of drawn tokens"):
         run(Manner(top_p=0.5))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,15 +51,21 @@ class Manner:
         for name, value, least in (
             ("max-new-tokens", self.max_new_tokens, 1),
             ("batch-tokens", self.batch_tokens, 1),
-            ("temperature", self.temperature, 0),
             ("seed", self.seed, 0),
         ):
             if value < least:
                 raise ConfigError(f"--{name} {value}: expected {least} or more.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"--top-p {self.top_p}: expected a number above 0 and up to 1.")
-        if self.top_p is not None and not self.temperature:
-            raise ConfigError("--top-p is of drawn tokens: give --temperature too, such as 0.7.")
+        check_drawing(self.temperature, self.top_p)
+
+
+def check_drawing(temperature: float | None, top_p: float | None) -> None:
+    """Raise ConfigError for values out of their range, and for a top_p where nothing is drawn."""
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise ConfigError(f"--temperature {temperature}: expected a number of 0 or more.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"--top-p {top_p}: expected a number above 0 and up to 1.")
+    if top_p is not None and temperature == 0:
+        raise ConfigError("--top-p is of drawn tokens: give --temperature too, such as 0.7.")
 
 
 def generate(
