@@ -134,7 +134,9 @@ def test_the_loss_of_a_run_is_its_eval_loss_and_that_before_training(
         assert json.loads((run / "eval" / "valid" / "result.json").read_text()) == result
         shown = capsys.readouterr().out
         assert "tuned - base" in shown
-        assert f"{loss['tuned']['value']:.4f} (" in shown
+        (line,) = (line for line in shown.splitlines() if line.startswith("loss"))
+        assert line.count("[") == line.count("]") == 3  # nothing is broken in two
+        assert f"{loss['tuned']['value']:.3f} [" in shown
         assert sorted(file.name for file in (run / "eval" / "valid").iterdir()) == [
             "result.json",
             "rows.jsonl",

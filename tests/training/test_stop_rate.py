@@ -47,7 +47,7 @@ def test_a_model_that_was_hardly_trained_does_not_stop_and_one_that_learnt_its_r
     rows = conversations(2, seed=8, max_turns=1)
     config = full(run_config, rows, tmp_path, train={"max_steps": 1, "epochs": None, "learning_rate": 1e-9})
     result = tunesmith.sft(config)
-    limit = 2 * longest_answer(rows)
+    limit = max(64, 2 * longest_answer(rows))
     ended = ended_by_hand(result.final, rows, limit)
     assert result.summary["stop_rate"] == sum(ended) / 2 < 0.5
     assert result.summary["stop_rate_rows"] == 2
@@ -94,6 +94,17 @@ def test_counting_does_not_change_the_weights_and_can_be_turned_off(run_config, 
     assert on.summary["stop_rate_rows"] == 8
     assert not {"stop_rate", "stop_rate_rows"} & set(off.summary)
     assert not (off.run / "answers.json").exists()
+
+
+def test_the_rows_with_the_shortest_answers_are_asked(run_config, tmp_path):
+    rows = conversations(20, seed=3, max_turns=1)
+    config = full(
+        run_config, rows, tmp_path, train={"max_steps": 1, "epochs": None}, eval={"stop_rate_rows": 2}
+    )
+    result = tunesmith.sft(config)
+    answers = sorted((row["messages"][-1]["content"] for row in rows[:16]), key=len)
+    asked = json.loads((result.run / "answers.json").read_text())["rows"]
+    assert [row["expected"] for row in asked] == answers[:2]
 
 
 @pytest.mark.parametrize("loading", ["lazy", "streaming"])

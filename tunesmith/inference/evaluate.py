@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tunesmith.artifacts.found import Say, find_model, run_folder
 from tunesmith.artifacts.tuned import Tuned, base_of, load_tuned
@@ -271,19 +272,20 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     """The figures with their intervals, a metric a row."""
     metrics = result["metrics"]
     sides = list(next(iter(metrics.values())))
-    title = f"{result['rows']:,} rows of {result['data']} (95 % of {result['resamples']:,} resamples)"
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    rows = f"{result['rows']:,} rows of {result['data']}"
+    console.print(Text(f"{rows} (95 % of {result['resamples']:,} resamples)"), soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
     table.add_column("")
     for side in sides:
         table.add_column("tuned - base" if side == "difference" else side, justify="right")
     for metric, of_sides in metrics.items():
         table.add_row(metric, *(_shown(Interval(**of_sides[side]), side == "difference") for side in sides))
     if result["stop_rate"]:
-        rates = [f"{rate:.4f}" for rate in result["stop_rate"].values()]
-        table.add_row("ended by itself", *rates)
+        rates = [f"{rate:.3f}" for rate in result["stop_rate"].values()]
+        table.add_row("stop_rate", *rates)
     console.print(table, highlight=False)
 
 
 def _shown(interval: Interval, is_difference: bool) -> str:
     sign = "+" if is_difference else ""
-    return f"{interval.value:{sign}.4f} ({interval.low:{sign}.4f} .. {interval.high:{sign}.4f})"
+    return f"{interval.value:{sign}.3f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"

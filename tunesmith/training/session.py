@@ -48,6 +48,9 @@ from tunesmith.training.startup import Startup
 from tunesmith.training.trackers import trackers
 from tunesmith.training.trainer import Objective, PackTrainer
 
+# Of the answers whose ends are counted: tokens that each may have in any case, and rows looked at for each.
+_ENDLESS, _TO_CHOOSE_FROM = 64, 8
+
 # Writes a model card for (step, metrics).
 Card = Callable[[int, dict[str, Any]], str]
 
@@ -247,11 +250,11 @@ class Session:
     @property
     def max_answer_tokens(self) -> int:
         """Longest answer to a question asked. Where only their ends are of interest, one of twice the length
-        that any should have will not end."""
+        that any should have is taken for endless."""
         limit = self.config.eval.max_new_tokens
         if self.compares_answers:
             return limit
-        return min(limit, 2 * max(question.num_expected for question in self.asked))
+        return min(limit, max(_ENDLESS, 2 * max(question.num_expected for question in self.asked)))
 
     def answers(self) -> list[Written]:
         """Greedy answers of the model as it is now to the questions asked."""
@@ -381,13 +384,15 @@ class Session:
             return questions(valid, settings.answer_rows, self.tokenizer, self.stop_ids)
         if self.config.run.recipe != "sft" or not settings.stop_rate_rows or not model.can_generate():
             return []
-        return questions(
+        number = settings.stop_rate_rows
+        found = questions(
             valid or self.data.train,
-            settings.stop_rate_rows,
+            _TO_CHOOSE_FROM * number,
             self.tokenizer,
             self.stop_ids,
             settings.max_new_tokens,
         )
+        return sorted(found, key=lambda question: question.num_expected)[:number]  # short ones cost least
 
     def _save_best(self, step: int, eval_loss: float) -> None:
         try:
