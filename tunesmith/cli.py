@@ -12,11 +12,18 @@ import traceback
 from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tunesmith.errors import Interrupted, TunesmithError, UserError
 
+if TYPE_CHECKING:
+    from tunesmith.inference.generate import Manner
+
 # Those that `launch` starts.
 _TRAINING_VERBS = ("sft", "pretrain")
+
+_MODEL = "run folder, adapter folder, model folder or hub id"
+_FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text")
 
 _EPILOG = """exit codes: 0 done, 1 the run failed, 2 your input is wrong, 130/143 stopped by SIGINT/SIGTERM,
 141 the reader of the output went away"""
@@ -195,12 +202,91 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         help="talk to a run or model",
         description="Talk to a run, adapter or model.",
     )
-    chat.add_argument("model", help="run folder, adapter folder, model folder or hub id")
+    chat.add_argument("model", help=_MODEL)
     chat.add_argument("--system", help="system prompt")
     chat.add_argument(
         "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)"
     )
+    chat.add_argument(
+        "--compare-base", action="store_true", help="let the model that was tuned answer beside it"
+    )
+    chat.add_argument(
+        "--temperature", type=float, metavar="T", help="0 is greedy (default: as generation_config says)"
+    )
+    chat.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens only")
     chat.set_defaults(run=_chat)
+
+    serve = verbs.add_parser(
+        "serve",
+        parents=[common],
+        help="serve a run or model to OpenAI clients",
+        description="Serve a run, adapter or model by OpenAI's chat API, on this machine alone.",
+    )
+    serve.add_argument("model", help=_MODEL)
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default 127.0.0.1: this machine alone); others need --api-key",
+    )
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000; 0: a free one")
+    serve.add_argument("--api-key", metavar="KEY", help="what clients must give as their key")
+    serve.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="longest answer where a request does not say (default 1024)",
+    )
+    serve.set_defaults(run=_serve)
+
+    generate = verbs.add_parser(
+        "generate",
+        parents=[common],
+        help="answer the rows of a file",
+        description="Answer every row of a file. A command that was stopped goes on where it was.",
+    )
+    generate.add_argument("model", help=_MODEL)
+    generate.add_argument(
+        "--input", required=True, metavar="FILE", help="rows of any format; a path as in data"
+    )
+    generate.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON lines to write")
+    _add_rows(generate)
+    _add_manner(generate)
+    generate.set_defaults(run=_generate)
+
+    evaluate = verbs.add_parser(
+        "eval",
+        parents=[common],
+        help="measure a run against its base model",
+        description="Measure a run against the model it was tuned from, on rows with answers or on tasks of "
+        "lm-evaluation-harness. A command that was stopped goes on with the answers it has.",
+    )
+    evaluate.add_argument("model", help=_MODEL)
+    evaluate.add_argument("--data", metavar="FILE", help="rows with answers; a path as in data")
+    evaluate.add_argument(
+        "--metrics",
+        default="loss,exact_match,f1,rouge",
+        metavar="NAME,...",
+        help="of loss, exact_match, f1, rouge, json_valid, json_equal (default: the first four)",
+    )
+    evaluate.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write (default: RUN/eval/NAME_OF_DATA)"
+    )
+    evaluate.add_argument(
+        "--resamples", type=int, default=10_000, metavar="N", help="of the bootstrap (default 10000)"
+    )
+    evaluate.add_argument(
+        "--tasks", metavar="NAME,...", help="tasks of lm-evaluation-harness, instead of rows"
+    )
+    evaluate.add_argument("--include-path", type=Path, metavar="DIR", help="folder of tasks of your own")
+    evaluate.add_argument(
+        "--apply-chat-template", action="store_true", help="ask tasks as a chat, as the model was tuned"
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="rows of each task, for a first look")
+    _add_rows(evaluate)
+    _add_manner(evaluate)
+    evaluate.set_defaults(run=_evaluate)
 
     merge = verbs.add_parser(
         "merge",
@@ -332,6 +418,35 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     return parser, list(verbs.choices)
 
 
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", default="auto", choices=_FORMATS, help="of the rows (default: found)")
+    parser.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=OURS",
+        help="rename a column before the format is found, as data.columns does: --column q=instruction",
+    )
+
+
+def _add_manner(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)"
+    )
+    parser.add_argument(
+        "--batch-tokens",
+        type=int,
+        default=16384,
+        metavar="N",
+        help="most tokens at once: rows times prompt and answer (default 16384)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy"
+    )
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens only")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default 0)")
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file")
     parser.add_argument(
@@ -407,8 +522,95 @@ def _preview(options: argparse.Namespace) -> None:
 def _chat(options: argparse.Namespace) -> None:
     _quiet_libraries()
     from tunesmith.inference.chat import chat
+    from tunesmith.inference.speak import Drawing
 
-    chat(options.model, system=options.system, max_new_tokens=options.max_new_tokens)
+    chat(
+        options.model,
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        compares_base=options.compare_base,
+        drawing=Drawing(options.temperature, options.top_p),
+    )
+
+
+def _serve(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from tunesmith.inference.serve import serve
+
+    serve(
+        options.model,
+        host=options.host,
+        port=options.port,
+        api_key=options.api_key,
+        max_new_tokens=options.max_new_tokens,
+        say=_note,
+    )
+
+
+def _generate(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+    from tunesmith.inference.generate import generate
+
+    generate(
+        options.model,
+        input=options.input,
+        output=options.output,
+        manner=_manner(options),
+        format=options.format,
+        columns=options.column,
+        say=_note,
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from tunesmith.errors import ConfigError
+
+    if (options.data is None) == (options.tasks is None):
+        raise ConfigError("eval needs either rows (--data FILE) or tasks (--tasks NAME,...).")
+    _quiet_libraries()
+    if options.tasks is not None:
+        from tunesmith.inference.tasks import evaluate_tasks
+
+        evaluate_tasks(
+            options.model,
+            options.tasks.split(","),
+            include_path=options.include_path,
+            apply_chat_template=options.apply_chat_template,
+            limit=options.limit,
+            out=options.out,
+            seed=options.seed,
+            say=_note,
+        )
+        return
+    from tunesmith.inference.evaluate import evaluate
+
+    evaluate(
+        options.model,
+        data=options.data,
+        metrics=options.metrics.split(","),
+        manner=_manner(options),
+        out=options.out,
+        resamples=options.resamples,
+        format=options.format,
+        columns=options.column,
+        say=_note,
+    )
+
+
+def _manner(options: argparse.Namespace) -> Manner:
+    from tunesmith.inference.generate import Manner
+
+    return Manner(
+        options.max_new_tokens, options.temperature, options.top_p, options.seed, options.batch_tokens
+    )
+
+
+def _note(message: str) -> None:
+    """A word beside the output, which may go through a pipe."""
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text(message, "dim"), soft_wrap=True)
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -173,7 +173,7 @@ def _count_places(listed: Path, kill_at: int | list[str] | None, is_midway: bool
         setattr(durable_files, name, operation(name))
     for method, name in _TRAINING.items():
         setattr(PackTrainer, method, of_training(method, name))
-    # Entered for each pass outside of training; without questions to answer those are of evaluations.
+    # Entered for each pass of an evaluation, and once for all answers at the end.
     PackTrainer.autocast = of_training("autocast", "evaluation")  # type: ignore[method-assign]
     MetricsFile._append = counted_append  # type: ignore[method-assign]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,49 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import make_tiny_model
+import yaml
+from peft import PeftModel
+from rich.console import Console
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from tunesmith.artifacts import tuned as tuned_module
 from tunesmith.artifacts.found import Found, find_model
 from tunesmith.artifacts.tuned import Tuned, load_tuned
-from tunesmith.errors import ModelError, TemplateError
+from tunesmith.data.formats import read_record
+from tunesmith.errors import ConfigError, ModelError, TemplateError
 from tunesmith.inference import chat as chat_module
 from tunesmith.inference.chat import begin, chat
+from tunesmith.inference.speak import Drawing
 
 QUESTION = "one two?"
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_tiny_model(tmp_path_factory.mktemp("chat") / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter *= 4  # else it says the same letter whatever it is asked
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter whose update is not nil, as stock PEFT saves it: without a tokenizer."""
-    torch.manual_seed(1)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
-        LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False),
-    )
-    folder = tmp_path_factory.mktemp("chat") / "adapter"
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def _float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random weights decide between near ties; in bfloat16 a kernel could decide otherwise."""
-    monkeypatch.setattr(tuned_module, "compute_dtype", lambda _: (torch.float32, "for the test"))
 
 
 @pytest.fixture
@@ -61,10 +34,10 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """Pipes lines into a chat; returns what it printed on stdout and on stderr."""
 
     def run(
-        model: Path | str, *lines: str, system: str | None = None, max_new_tokens: int = 8
+        model: Path | str, *lines: str, system: str | None = None, max_new_tokens: int = 8, **options: Any
     ) -> tuple[str, str]:
         monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        chat(str(model), system=system, max_new_tokens=max_new_tokens)
+        chat(str(model), system=system, max_new_tokens=max_new_tokens, **options)
         printed = capsys.readouterr()
         return printed.out, printed.err
 
@@ -155,8 +128,8 @@ def test_the_adapters_own_generation_config_ends_the_answer(
     stop = int(whole[3])
     folder = Path(shutil.copytree(adapter_folder, tmp_path / "adapter"))
     GenerationConfig(eos_token_id=[1, stop], pad_token_id=1).save_pretrained(folder)
-    until = whole[: whole.tolist().index(stop) + 1]
-    assert len(until) < len(whole)
+    until = whole[: whole.tolist().index(stop)]
+    assert len(until) < len(whole) - 1
     out, err = say(folder, QUESTION)
     assert out == shown([tokenizer.decode(until, skip_special_tokens=True)])
     assert "cut off" not in err
@@ -173,6 +146,123 @@ def test_sampling_is_used_and_named_where_the_folder_asks_for_it(
     ).save_pretrained(folder)
     _, err = say(folder)
     assert "sampling, temperature 0.5, top_p 0.9" in err
+
+
+def test_temperature_and_top_p_are_taken_over_what_the_folder_says(
+    say: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    settings = GenerationConfig(do_sample=True, temperature=0.5, top_k=7, eos_token_id=1, pad_token_id=1)
+    settings.save_pretrained(folder)
+    out, err = say(folder, QUESTION, drawing=Drawing(temperature=0))
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    assert out == shown([greedy(model, model_folder, [user(QUESTION)])])
+    assert "greedy (as asked)" in err
+    _, err = say(folder, drawing=Drawing(temperature=1.5, top_p=0.8))
+    assert "sampling, temperature 1.5, top_p 0.8, top_k 7 (as asked)" in err
+    _, err = say(model_folder, drawing=Drawing(temperature=1.5))
+    assert "sampling, temperature 1.5 (as asked)" in err  # and no top_k of transformers' own
+    with pytest.raises(ConfigError, match="--top-p 2: expected"):
+        say(folder, drawing=Drawing(temperature=1, top_p=2))
+
+
+def test_base_and_tuned_answer_side_by_side_each_with_its_own_history(
+    say: Any, adapter_folder: Path, model_folder: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    expected: list[str] = []
+    histories: dict[str, list[dict[str, str]]] = {"base": [], "tuned": []}
+    models = {"base": base}
+    models["tuned"] = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32), adapter_folder
+    )
+    for question in (QUESTION, "three?"):
+        for label, history in histories.items():
+            history.append(user(question))
+            said = greedy(models[label], model_folder, history)
+            history.append({"role": "assistant", "content": said})
+            expected.append(f"{label}: {shown([said])}")
+    assert histories["base"][1] != histories["tuned"][1]
+    out, _ = say(adapter_folder, QUESTION, "three?", compares_base=True)
+    assert out == "".join(expected)
+
+
+def test_the_base_of_a_full_run_is_the_model_its_config_names(
+    say: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    changed = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    with torch.no_grad():
+        changed.model.layers[0].mlp.down_proj.weight *= -1
+    run = tmp_path / "run"
+    shutil.copytree(model_folder, run / "final")
+    changed.save_pretrained(run / "final")
+    values = {"model": {"path": str(model_folder)}, "adapter": {"method": "none"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(values | {"data": {"train": "t", "max_length": 512}}))
+    out, _ = say(run, QUESTION, compares_base=True)
+    answers = {
+        name: greedy(m, model_folder, [user(QUESTION)]) for name, m in (("base", base), ("tuned", changed))
+    }
+    assert answers["base"] != answers["tuned"]
+    assert out == "".join(f"{name}: {shown([said])}" for name, said in answers.items())
+    with pytest.raises(ModelError, match="--compare-base has nothing to compare with"):
+        say(model_folder, QUESTION, compares_base=True)
+
+
+def test_on_a_wide_terminal_the_answers_stand_in_two_columns(
+    adapter_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = load(adapter_folder)
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(chat_module, "Console", lambda **_: console)
+    talk = begin(tuned, None, 8, base=(tuned.model, tuned.model.disable_adapter))
+    written.truncate(0)
+    talk.answer(QUESTION)
+    last = written.getvalue().rpartition("\u250f")[2].splitlines()  # the table that stays
+    (_, *heading), (_, *row) = (
+        [cell.strip() for cell in re.split("[\u2503\u2502]", line)] for line in last[1:4:2]
+    )
+    assert heading[:2] == ["base", "tuned"]
+    said = [
+        chat_module._harmless(speaker.messages[-1]["content"]).split("\n")[0] for speaker in talk.speakers
+    ]
+    assert [Text(text).plain.strip() for text in said] == row[:2]
+    assert said[0] != said[1]
+
+
+def test_a_system_prompt_can_be_set_and_taken_away_in_the_middle(say: Any, model_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    red = {"role": "system", "content": "red"}
+    first = greedy(model, model_folder, [user(QUESTION)])
+    history = [user(QUESTION), {"role": "assistant", "content": first}, user("three?")]
+    second = greedy(model, model_folder, [red, *history])
+    history += [{"role": "assistant", "content": second}, user("sun")]
+    third = greedy(model, model_folder, history)
+    out, _ = say(model_folder, QUESTION, "/system red", "three?", "/system", "sun")
+    assert out == shown([first, second, third])
+
+
+def test_a_saved_conversation_is_a_row_that_can_be_trained_on(
+    say: Any, adapter_folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "talks.jsonl"
+    commands = [QUESTION, "three?", f"/save {file}", "/reset", "sun", f"/save {file}"]
+    _, err = say(adapter_folder, *commands, system="red", compares_base=True)
+    assert f"added to {file}: 5 messages" in err.replace("\n", "")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    roles = [[message["role"] for message in row["messages"]] for row in rows]
+    assert roles == [["system", "user", "assistant", "user", "assistant"], ["system", "user", "assistant"]]
+    for row in rows:
+        record, notes = read_record(row, "messages", {})
+        assert list(record.messages) == row["messages"]
+        assert notes == ()
+    # What is kept is what the tuned model said, and not its base.
+    out, _ = say(adapter_folder, "sun", system="red")
+    assert shown([rows[1]["messages"][-1]["content"]]) == out
+    _, err = say(adapter_folder, "/save", f"/save {tmp_path / 'empty.jsonl'}")
+    assert err.count("there must be an answer in it") == 2
+    assert not (tmp_path / "empty.jsonl").exists()
 
 
 def test_a_control_string_in_a_question_is_plain_text(model_folder: Path) -> None:
@@ -274,8 +364,6 @@ def test_a_model_without_a_chat_template_is_no_chat_model(model_folder: Path, tm
 def test_a_run_is_served_with_its_system_prompt_and_its_positions(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import yaml
-
     run = tmp_path / "run"
     shutil.copytree(model_folder, run / "final")
     longer = 2 * AutoModelForCausalLM.from_pretrained(model_folder).config.max_position_embeddings

@@ -67,17 +67,25 @@ def find_model(name: str, say: Say) -> Found:
     return replace(_model_in(folder), run=_run_config(path, say))
 
 
-def _run_config(path: Path, say: Say) -> Config | None:
-    """The config of the run that a run folder, its best/ or its final/ belongs to; None for any other model.
-
-    A config that no longer loads (its template file is gone, say) is passed over with a word."""
+def run_folder(path: Path) -> Path | None:
+    """The run that a run folder, its best/ or its final/ belongs to; None for any other model."""
     for folder in (path, path.parent):
         if (folder / "config.yaml").is_file() and any((folder / part).is_dir() for part in _PARTS):
-            try:
-                return load_config(folder / "config.yaml")
-            except ConfigError as error:
-                say(f"without the run's own settings: {first_line(error)}")
+            return folder
     return None
+
+
+def _run_config(path: Path, say: Say) -> Config | None:
+    """The run's config. One that no longer loads (its template file is gone, say) is passed over with a
+    word."""
+    folder = run_folder(path)
+    if folder is None:
+        return None
+    try:
+        return load_config(folder / "config.yaml")
+    except ConfigError as error:
+        say(f"without the run's own settings: {first_line(error)}")
+        return None
 
 
 def _near(path: Path) -> str:

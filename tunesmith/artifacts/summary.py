@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,19 +13,25 @@ from tunesmith.training.answers import Question
 from tunesmith.training.run_folder import read_metrics, write_json
 from tunesmith.training.session import Session
 
+# Of a few answers more than half should end within twice the length they should have.
+_LOW_STOP_RATE = 0.5
+
 
 def finish_run(session: Session) -> dict[str, Any]:
     """Write final/ and summary.json, print the figures and where things lie; returns the figures."""
     run, given = session.run, session.read_answers()
     summary = summarise(read_metrics(run.metrics))
     # Other rows may have been asked before a stop: eval.answer_rows is free to change.
-    is_compared = len(given.get("before", ())) == len(given.get("after", ())) == len(session.asked) > 0
+    num_asked = len(session.asked) if session.compares_answers else 0
+    is_compared = len(given.get("before", ())) == len(given.get("after", ())) == num_asked > 0
     if is_compared:
         summary |= {
             "answered_rows": len(given["after"]),
             "exact_match_before": exact_matches(session.asked, given["before"]),
             "exact_match_after": exact_matches(session.asked, given["after"]),
         }
+    if session.config.eval.stop_rate_rows:
+        summary |= stop_rates(given, session.asked)
     session.save(run.final, summary)
     if session.is_main:
         write_json(run.summary, summary)
@@ -33,6 +39,8 @@ def finish_run(session: Session) -> dict[str, Any]:
     print_summary(console, summary)
     if is_compared:
         print_answers(console, session.asked, given["before"], given["after"])
+    for line in _warn_of_stops(session, summary):
+        session.progress.say(line)
     kind = "model" if session.config.adapter.method == "none" else "adapter"
     session.progress.say(
         f"\n{kind}: {run.final}"
@@ -79,6 +87,24 @@ def exact_matches(asked: Sequence[Question], answers: Sequence[str]) -> float:
     return sum(q.expected == given for q, given in zip(asked, answers, strict=True)) / len(asked)
 
 
+def stop_rates(given: dict[str, Any], asked: Sequence[Question]) -> dict[str, Any]:
+    """Which share of the answers ended by itself, before training (where they were asked then) and after."""
+    rates = {}
+    for key, name in (("ended_before", "stop_rate_before"), ("ended_after", "stop_rate")):
+        if asked and len(ended := given.get(key, ())) == len(asked):
+            rates[name] = sum(ended) / len(ended)
+    return rates | {"stop_rate_rows": len(asked)} if rates else {}
+
+
+def _warn_of_stops(session: Session, summary: dict[str, Any]) -> Iterator[str]:
+    if summary.get("stop_rate", 1.0) < _LOW_STOP_RATE:
+        rate, rows = f"{100 * summary['stop_rate']:.0f} %", summary["stop_rate_rows"]
+        yield (
+            f"warning: only {rate} of {rows} answers ended by themselves within {session.max_answer_tokens} "
+            "tokens. Train longer, or look at where the answers of the data end: tunesmith preview."
+        )
+
+
 def print_summary(console: Console, summary: dict[str, Any]) -> None:
     """The figures of a run, a row each."""
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -89,6 +115,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         ("eval loss before -> after", _change(summary["eval_loss_before"], summary["eval_loss"])),
         ("perplexity, bits per byte", _of_texts(summary)),
         ("exact match before -> after", _percentages(summary)),
+        ("answers that end by themselves", _stops(summary)),
         ("training time", f"{summary['train_s']:.0f} s"),
         (
             "tokens/s (targets/s)",
@@ -153,3 +180,11 @@ def _percentages(summary: dict[str, Any]) -> str:
         return ""
     before, after = (100 * summary[f"exact_match_{when}"] for when in ("before", "after"))
     return f"{before:.0f} % -> {after:.0f} % of {summary['answered_rows']} held-out rows"
+
+
+def _stops(summary: dict[str, Any]) -> str:
+    if "stop_rate" not in summary:
+        return ""
+    names = ("stop_rate_before", "stop_rate")
+    rates = [f"{100 * summary[name]:.0f} %" for name in names if name in summary]
+    return f"{' -> '.join(rates)} of {summary['stop_rate_rows']}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from tunesmith.artifacts.found import Found, Say, first_line
-from tunesmith.config import ModelConfig
-from tunesmith.data.encoding import Encoder
-from tunesmith.data.records import BadRow
-from tunesmith.data.templates import REFUSALS
+from tunesmith.config import Config, ModelConfig
+from tunesmith.data.prepare import PrepareOptions, Preparer
+from tunesmith.data.records import BadRow, Record
+from tunesmith.data.templates import TrainOn
 from tunesmith.errors import ModelError, TemplateError
 from tunesmith.models.adapter_folder import load_adapter
 from tunesmith.models.devices import compute_dtype, default_device
@@ -23,12 +25,13 @@ from tunesmith.models.quantize import prepare_quantized, quantization_config, st
 @dataclass(frozen=True)
 class Tuned:
     """A model that answers, and the tokenizer that was trained with it. Its generation_config names what ends
-    an answer and what pads."""
+    an answer and what pads. `preparer` renders and encodes as in training, but gives no system prompt of its
+    own."""
 
     found: Found
     model: Any
     tokenizer: Any
-    encoder: Encoder
+    preparer: Preparer
 
     @property
     def stop_ids(self) -> list[int]:
@@ -36,43 +39,84 @@ class Tuned:
         stops = self.model.generation_config.eos_token_id
         return [stops] if isinstance(stops, int) else list(stops or [])
 
-    def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+    ) -> list[int]:
         """The messages as the model was trained to see them, up to where its answer begins: what they say is
         never a control token. Raises TemplateError where the template refuses them."""
         try:
-            stand_ins = self.encoder.stand_ins(messages)
-            text = self.tokenizer.apply_chat_template(
-                self.encoder.shield(messages, stand_ins), add_generation_prompt=True, tokenize=False
-            )
-        except (*REFUSALS, BadRow) as error:
-            raise TemplateError(f"the model's chat template refuses this conversation: {error}") from error
-        ((ids, _),) = self.encoder.encode([self.encoder.name_control_tokens(text, stand_ins)])
+            ids = self.preparer.prompt_ids(Record(messages=tuple(messages), tools=tuple(tools)))
+        except BadRow as error:
+            raise TemplateError(
+                f"the model's chat template refuses this conversation: {error.detail}"
+            ) from error
         return [int(id_) for id_ in ids]
 
+    def preparer_of(self, *, system: str | None, train_on: TrainOn) -> Preparer:
+        """One that gives every conversation this system prompt, and takes these tokens for targets."""
+        options = replace(self.preparer.options, system=system, train_on=train_on)
+        return Preparer(self.tokenizer, options)
 
-def load_tuned(found: Found, say: Say, adapter_name: str = "default") -> Tuned:
+
+# Of rows that are read already, and of which nothing is to be cut.
+_OPTIONS = PrepareOptions("messages", {}, None, "assistant", sys.maxsize, "error")
+
+
+def load_tuned(
+    found: Found, say: Say, adapter_name: str = "default", *, needs_template: bool = True
+) -> Tuned:
     """Load what was found, on the fastest device that is there, in evaluation mode; an adapter on its base as
     it was trained, in 4 or 8 bits if it was. The config of its run says how its base is to be loaded.
 
     `adapter_name` is what the model calls the adapter. Raises ModelError if it cannot be loaded,
-    TemplateError if it has no chat template."""
+    TemplateError if it has no chat template and needs one."""
     tokenizer = load_own_tokenizer(found)
-    if not tokenizer.chat_template:
+    if needs_template and not tokenizer.chat_template:
         raise TemplateError(f"{found.home}: its tokenizer has no chat template; it is no chat model.")
-    dtype, why = compute_dtype(ModelConfig(path=found.base))
+    dtype, why = compute_dtype(found.run.model if found.run is not None else ModelConfig(path=found.base))
     model = load_own_model(found, tokenizer, dtype, say, adapter_name)
-    settings = model.generation_config
-    if settings.eos_token_id is None:
-        settings.eos_token_id = tokenizer.eos_token_id
-    if settings.pad_token_id is None:
-        settings.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
+    _complete(model.generation_config, tokenizer)
     adapter = f"adapter {found.adapter} on " if found.adapter else ""
     kind = found.base_settings.quantization
     held = "" if kind == "none" else f" held in {kind}"
     say(f"{adapter}{found.base}{held}, {str(dtype).removeprefix('torch.')}: {why}")
-    return Tuned(found, model, tokenizer, Encoder(tokenizer))
+    return Tuned(found, model, tokenizer, Preparer(tokenizer, _OPTIONS))
+
+
+def _complete(settings: Any, tokenizer: Any) -> None:
+    """What ends an answer and what pads, where the generation settings do not say."""
+    if settings.eos_token_id is None:
+        settings.eos_token_id = tokenizer.eos_token_id
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id
+
+
+@contextmanager
+def base_of(tuned: Tuned, say: Say) -> Iterator[Any | None]:
+    """The model that was tuned, as it was before; None if the run began with random weights, or the folder
+    does not say what it was made of. An adapter is turned off for the time; else the base is loaded beside
+    the tuned model."""
+    found = tuned.found
+    if found.adapter is not None:
+        with tuned.model.disable_adapter():
+            yield tuned.model
+    elif found.run is None or found.run.model.path is None:
+        yield None
+    else:
+        yield _load_base(found.run, tuned, say)
+
+
+def _load_base(run: Config, tuned: Tuned, say: Say) -> Any:
+    found = Found(str(run.model.path), run=run)
+    dtype, _ = compute_dtype(run.model)
+    model = load_own_model(found, tuned.tokenizer, dtype, say)
+    if len(tuned.tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tuned.tokenizer))  # it knows nothing of tokens the run added
+    _complete(model.generation_config, tuned.tokenizer)
+    say(f"base model {found.base}")
+    return model
 
 
 def load_own_tokenizer(found: Found) -> Any:
@@ -146,6 +190,7 @@ def base_config(found: Found, say: Say) -> Any:
 
 def source_options(found: Found) -> dict[str, Any]:
     """Which revision of the base, and whether its code may be run."""
-    if found.run is None or found.adapter is None:
+    run = found.run
+    if run is None or (found.adapter is None and found.base != run.model.path):
         return {}
-    return {"trust_remote_code": found.run.model.trust_remote_code, "revision": found.run.model.revision}
+    return {"trust_remote_code": run.model.trust_remote_code, "revision": run.model.revision}

@@ -385,6 +385,11 @@ class EvalConfig(Section):
     answer_rows: Annotated[int, Field(ge=0)] = 0
     """Answer this many validation rows before and after training (greedily) and report exact matches and
     examples."""
+    stop_rate_rows: Annotated[int, Field(ge=0)] = 8
+    """After `tunesmith sft`, answer this many rows greedily and report which share of the answers ended by
+    itself: of validation rows, else training rows, those with the shortest answers of the first ones (or
+    those of `answer_rows`, where there are some). An answer may take twice the tokens of the longest of their
+    own, and 64 in any case. 0: do not."""
     prompts: list[Text] = []
     """Texts that the model goes on with at each evaluation, as raw text; what it wrote is in
     `samples.jsonl`."""

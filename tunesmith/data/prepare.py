@@ -177,14 +177,39 @@ class Preparer:
             traces.append(Trace(text, example, offsets, served, draft.has_control_text))
         return traces
 
+    def examples(self, record: Record) -> list[Example]:
+        """The examples of a record that was read already; nothing is cut or dropped. Raises BadRow and
+        TemplateError as rendering does."""
+        draft = self._draft_of(record, ())
+        return [
+            self._example(record, rendered, ids, offsets)
+            for rendered, (ids, offsets) in zip(draft.rendered, self.encoder.encode(draft.texts), strict=True)
+        ]
+
+    def prompt_ids(self, record: Record) -> NDArray[np.int32]:
+        """What the model is shown of a conversation that awaits an answer, up to where the answer begins, or
+        of a raw text to go on with (`prompt`): as it was shown in training. Raises BadRow where the template
+        refuses it."""
+        if not record.is_chat:
+            (ids,) = self.encoder.encode_ids([self.encoder.plain(record.prompt)])
+            return np.concatenate([self._before_text, ids]).astype(np.int32)
+        record, _ = self._as_trained(record, ())
+        shielded, stand_ins = self._shielded(record)
+        text = self._render(shielded.messages, shielded.tools, True)
+        ((ids, _),) = self.encoder.encode([self.encoder.name_control_tokens(text, stand_ins)])
+        return ids
+
     # --- rendering
 
     def _draft(self, row: RawRow) -> _Draft:
         record, notes = read_record(decode(row), self.options.format, self.options.columns)
         try:
-            return self._conversation(record, notes) if record.is_chat else self._raw_text(record, notes)
+            return self._draft_of(record, notes)
         except TemplateError as error:
             raise TemplateError(f"{row.place}: {error}") from error
+
+    def _draft_of(self, record: Record, notes: tuple[str, ...]) -> _Draft:
+        return self._conversation(record, notes) if record.is_chat else self._raw_text(record, notes)
 
     def _raw_text(self, record: Record, notes: tuple[str, ...]) -> _Draft:
         text = self.encoder.plain(record.prompt + record.completion)
@@ -197,21 +222,30 @@ class Preparer:
                 f"{self.tokenizer.name_or_path}: its tokenizer has no chat template, and these rows are "
                 "conversations. Set data.template to chatml or to a Jinja file, or use an instruct model."
             )
+        record, notes = self._as_trained(record, notes)
+        shielded, stand_ins = self._shielded(record)
+        rendered = render_record(shielded, self._render, self.encoder.control_tokens, self.options.train_on)
+        texts = tuple(self.encoder.name_control_tokens(item.text, stand_ins) for item in rendered)
+        if stand_ins:
+            notes = (*notes, "control_text")
+        return _Draft(record, tuple(rendered), texts, stand_ins, notes)
+
+    def _as_trained(self, record: Record, notes: tuple[str, ...]) -> tuple[Record, tuple[str, ...]]:
+        """The conversation that the template is given, with what was changed noted."""
         if self.options.system is not None:
             record = _with_system(record, self.options.system)
         if any(message.get("tool_calls") for message in record.messages) and not self._renders_tool_calls:
             record, notes = _calls_as_text(record), (*notes, "tool_calls_as_text")
+        return record, notes
+
+    def _shielded(self, record: Record) -> tuple[Record, StandIns]:
         stand_ins = self.encoder.stand_ins((record.messages, record.tools))
         shielded = replace(
             record,
             messages=self.encoder.shield(record.messages, stand_ins),
             tools=self.encoder.shield(record.tools, stand_ins),
         )
-        rendered = render_record(shielded, self._render, self.encoder.control_tokens, self.options.train_on)
-        texts = tuple(self.encoder.name_control_tokens(item.text, stand_ins) for item in rendered)
-        if stand_ins:
-            notes = (*notes, "control_text")
-        return _Draft(record, tuple(rendered), texts, stand_ins, notes)
+        return shielded, stand_ins
 
     @cached_property
     def _renders_tool_calls(self) -> bool:

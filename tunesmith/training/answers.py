@@ -3,8 +3,9 @@ with."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,23 +15,32 @@ from numpy.typing import NDArray
 from tunesmith.data.loading import RowSet
 
 _ROWS_AT_ONCE = 25
+_LOOKED_AT = 100  # rows for each that is wanted
 
 
 @dataclass(frozen=True)
 class Question:
     """The prompt of a row's last answer, as served; what its last message says; and the answer the row
-    has."""
+    has, of so many tokens."""
 
     place: str
     prompt_ids: NDArray[np.int32]
     asked: str
     expected: str
+    num_expected: int
 
 
-def questions(rows: RowSet, limit: int, tokenizer: Any, stop_ids: Sequence[int]) -> list[Question]:
-    """Up to `limit` rows that end with an answer, in file order. `stop_ids` end a message."""
+def questions(
+    rows: RowSet,
+    limit: int,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    max_answer_tokens: int = sys.maxsize,
+) -> list[Question]:
+    """Up to `limit` rows that end with an answer, of at most so many tokens, in file order. `stop_ids` end a
+    message. Not all rows are looked at: they may be millions, and tokenised when looked at."""
     found: list[Question] = []
-    for row in range(rows.num_rows):
+    for row in range(min(rows.num_rows, _LOOKED_AT * limit)):
         if len(found) == limit:
             break
         items = range(int(rows.row_starts[row]), int(rows.row_starts[row + 1]))
@@ -43,7 +53,7 @@ def questions(rows: RowSet, limit: int, tokenizer: Any, stop_ids: Sequence[int])
             continue
         place, example = examples[-1]
         start, end = example.spans[-1]
-        if start == 0 or example.num_cut_tokens:
+        if start == 0 or example.num_cut_tokens or end - start > max_answer_tokens:
             continue
         prompt_ids = example.input_ids[:start]
         found.append(
@@ -52,6 +62,7 @@ def questions(rows: RowSet, limit: int, tokenizer: Any, stop_ids: Sequence[int])
                 prompt_ids,
                 _last_message(prompt_ids, tokenizer, stop_ids),
                 tokenizer.decode(example.input_ids[start:end], skip_special_tokens=True).strip(),
+                int(end - start),
             )
         )
     return found
@@ -68,16 +79,25 @@ def _last_message(prompt_ids: NDArray[np.int32], tokenizer: Any, stop_ids: Seque
     return text.removeprefix("user").strip()
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote after a prompt: `num_tokens` tokens, with the one that ended it if `is_ended` by
+    itself and not by a limit."""
+
+    text: str
+    num_tokens: int
+    is_ended: bool
+
+
 def answer(
     model: Any, tokenizer: Any, asked: Sequence[Question], *, max_new_tokens: int, stop_ids: Sequence[int]
-) -> list[str]:
-    """The model's greedy answers, in order."""
+) -> list[Written]:
+    """The model's greedy answers, in order, without white space around them."""
     prompts = [question.prompt_ids for question in asked]
     given = continuations(model, tokenizer, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids)
-    return [text.strip() for text in given]
+    return [replace(written, text=written.text.strip()) for written in given]
 
 
-@torch.no_grad()
 def continuations(
     model: Any,
     tokenizer: Any,
@@ -86,41 +106,78 @@ def continuations(
     max_new_tokens: int,
     stop_ids: Sequence[int],
     temperature: float = 0.0,
-) -> list[str]:
+) -> list[Written]:
     """What the model writes after each prompt, in order: the likeliest tokens, or with a temperature drawn
-    ones. Prompts are continued in groups of like length, padded on the left."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    texts = [""] * len(prompts)
+    ones. Prompts are continued in groups of like length."""
+    written: dict[int, Written] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for first in range(0, len(order), _ROWS_AT_ONCE):
+        group = order[first : first + _ROWS_AT_ONCE]
+        given = continue_together(
+            model,
+            tokenizer,
+            [prompts[i] for i in group],
+            max_new_tokens=max_new_tokens,
+            stop_ids=stop_ids,
+            temperature=temperature,
+        )
+        written |= dict(zip(group, given, strict=True))
+    return [written[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def continue_together(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[NDArray[np.int32]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    temperature: float = 0.0,
+    top_p: float | None = None,
+) -> list[Written]:
+    """The same for one group, padded on the left. None goes beyond the positions that the model has; a prompt
+    that fills them gets no answer."""
+    width = max(map(len, prompts))
+    limit = min(max_new_tokens, room(model, width))
+    if limit < 1:
+        return [Written("", 0, False)] * len(prompts)
+    input_ids = torch.full((len(prompts), width), tokenizer.pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        attention_mask[row, width - len(prompt) :] = 1
+    was_training, device = model.training, next(model.parameters()).device
+    model.eval()
     try:
-        for first in range(0, len(order), _ROWS_AT_ONCE):
-            group = order[first : first + _ROWS_AT_ONCE]
-            width = max(len(prompts[i]) for i in group)
-            input_ids = torch.full((len(group), width), tokenizer.pad_token_id, dtype=torch.long)
-            attention_mask = torch.zeros_like(input_ids)
-            for row, i in enumerate(group):
-                prompt = torch.from_numpy(prompts[i].astype(np.int64))
-                input_ids[row, width - len(prompt) :] = prompt
-                attention_mask[row, width - len(prompt) :] = 1
-            output = model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                max_new_tokens=max_new_tokens,
-                do_sample=temperature > 0,
-                temperature=temperature or None,
-                top_p=None,
-                top_k=None,
-                use_cache=True,
-                eos_token_id=list(stop_ids),
-                pad_token_id=tokenizer.pad_token_id,
-            )
-            for row, i in enumerate(group):
-                texts[i] = tokenizer.decode(output[row, width:], skip_special_tokens=True)
+        output = model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=attention_mask.to(device),
+            max_new_tokens=limit,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            top_p=top_p,
+            top_k=None,
+            use_cache=True,
+            eos_token_id=list(stop_ids),
+            pad_token_id=tokenizer.pad_token_id,
+        )
     finally:
         model.train(was_training)
-    return texts
+    return [_written(tokenizer, ids, stop_ids) for ids in output[:, width:].tolist()]
+
+
+def room(model: Any, num_tokens: int) -> int:
+    """How many tokens more the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return sys.maxsize if positions is None else max(0, positions - num_tokens)
+
+
+def _written(tokenizer: Any, ids: list[int], stop_ids: Sequence[int]) -> Written:
+    """The ids up to the first that ends an answer; behind it is padding."""
+    end = next((at for at, id_ in enumerate(ids) if id_ in stop_ids), None)
+    text = str(tokenizer.decode(ids[:end], skip_special_tokens=True))
+    return Written(text, len(ids) if end is None else end + 1, end is not None)
 
 
 def stop_ids(rows: RowSet, tokenizer: Any, sample: int = 64) -> list[int]:

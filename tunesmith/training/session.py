@@ -26,7 +26,7 @@ from tunesmith.models.held import EVERYWHERE, Held
 from tunesmith.models.save import artifact_weights, write_artifact
 from tunesmith.packing.collate import collate_flat, collate_tree
 from tunesmith.training import durable_files
-from tunesmith.training.answers import Question, answer, continuations, questions, stop_ids
+from tunesmith.training.answers import Question, Written, answer, continuations, questions, stop_ids
 from tunesmith.training.arguments import training_arguments
 from tunesmith.training.bad_step import RollBack, StepGuard
 from tunesmith.training.callbacks import (
@@ -50,6 +50,9 @@ from tunesmith.training.saving import Saver
 from tunesmith.training.startup import Startup
 from tunesmith.training.trackers import trackers
 from tunesmith.training.trainer import Objective, PackTrainer
+
+# Of the answers whose ends are counted: tokens that each may have in any case, and rows looked at for each.
+_ENDLESS, _TO_CHOOSE_FROM = 64, 8
 
 # Writes a model card for (step, metrics).
 Card = Callable[[int, dict[str, Any]], str]
@@ -76,7 +79,8 @@ class Session:
         self.progress, self._card, self._startup = progress, card, startup
         self.dtype, _ = compute_dtype(config.model)
         self.stop_ids = stop_ids(data.train, tokenizer)
-        self.asked = self._questions()
+        self.compares_answers = data.valid is not None and config.eval.answer_rows > 0
+        self.asked = self._questions(model)
         passes = plan_passes(
             config, data.train, model, self.dtype, before=run.pass_tokens_before, say=progress.say, held=held
         )
@@ -162,7 +166,7 @@ class Session:
         if self.data.valid is not None:
             self.trainer.evaluate()
             self._startup.mark("evaluation before training")
-        if self.asked:
+        if self.compares_answers:
             self._ask("before")
             self._startup.mark("answers before training")
 
@@ -253,19 +257,29 @@ class Session:
             raise
         durable_files.publish(folder)
 
-    def answers(self) -> list[str]:
+    @property
+    def max_answer_tokens(self) -> int:
+        """Longest answer to a question asked. Where only their ends are of interest, one of twice the length
+        that any should have is taken for endless."""
+        limit = self.config.eval.max_new_tokens
+        if self.compares_answers:
+            return limit
+        return min(limit, max(_ENDLESS, 2 * max(question.num_expected for question in self.asked)))
+
+    def answers(self) -> list[Written]:
         """Greedy answers of the model as it is now to the questions asked."""
         with self.trainer.autocast():
             return answer(
                 self.trainer.model,
                 self.tokenizer,
                 self.asked,
-                max_new_tokens=self.config.eval.max_new_tokens,
+                max_new_tokens=self.max_answer_tokens,
                 stop_ids=self.stop_ids,
             )
 
-    def read_answers(self) -> dict[str, list[str]]:
-        """What `before` and `after` answers were written."""
+    def read_answers(self) -> dict[str, list[Any]]:
+        """What `before` and `after` answers were written, and which of them ended by themselves
+        (`ended_before`, `ended_after`)."""
         file = self.run.path / "answers.json"
         return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
 
@@ -283,10 +297,11 @@ class Session:
             if self.is_main:
                 self._write_answers(when, given)
 
-    def _write_answers(self, when: str, given: list[str]) -> None:
+    def _write_answers(self, when: str, given: list[Written]) -> None:
         content = self.read_answers() | {
             "rows": [{"place": q.place, "asked": q.asked, "expected": q.expected} for q in self.asked],
-            when: given,
+            when: [written.text for written in given],
+            f"ended_{when}": [written.is_ended for written in given],
         }
         write_json(self.run.path / "answers.json", content)
 
@@ -341,7 +356,7 @@ class Session:
         def write(step: int) -> list[str]:
             torch.manual_seed(config.run.seed + step)
             with self.trainer.autocast():
-                return continuations(
+                given = continuations(
                     self.trainer.model,
                     self.tokenizer,
                     prompts,
@@ -349,6 +364,7 @@ class Session:
                     stop_ids=self.stop_ids,
                     temperature=config.eval.temperature,
                 )
+            return [written.text for written in given]
 
         return Samples(self.run.samples, config.eval.prompts, write, self.progress.say)
 
@@ -372,10 +388,22 @@ class Session:
             )
         ]
 
-    def _questions(self) -> list[Question]:
-        if self.data.valid is None or not self.config.eval.answer_rows:
+    def _questions(self, model: Any) -> list[Question]:
+        """Those that are answered before and after; else a few of which it is seen whether answers end."""
+        settings, valid = self.config.eval, self.data.valid
+        if self.compares_answers and valid is not None:
+            return questions(valid, settings.answer_rows, self.tokenizer, self.stop_ids)
+        if self.config.run.recipe != "sft" or not settings.stop_rate_rows or not model.can_generate():
             return []
-        return questions(self.data.valid, self.config.eval.answer_rows, self.tokenizer, self.stop_ids)
+        number = settings.stop_rate_rows
+        found = questions(
+            valid or self.data.train,
+            _TO_CHOOSE_FROM * number,
+            self.tokenizer,
+            self.stop_ids,
+            settings.max_new_tokens,
+        )
+        return sorted(found, key=lambda question: question.num_expected)[:number]  # short ones cost least
 
     def _save_best(self, step: int, eval_loss: float) -> None:
         try:
