@@ -35,25 +35,32 @@ class Tuned:
         return [stops] if isinstance(stops, int) else list(stops or [])
 
     def prompt_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """The messages as the model was trained to see them, up to where its answer begins: what they say is
-        never a control token. Raises TemplateError where the template refuses them."""
-        try:
-            stand_ins = self.encoder.stand_ins(messages)
-            text = self.tokenizer.apply_chat_template(
-                self.encoder.shield(messages, stand_ins), add_generation_prompt=True, tokenize=False
-            )
-        except (*REFUSALS, BadRow) as error:
-            raise TemplateError(f"the model's chat template refuses this conversation: {error}") from error
-        ((ids, _),) = self.encoder.encode([self.encoder.name_control_tokens(text, stand_ins)])
-        return [int(id_) for id_ in ids]
+        """`prompt_ids` of its tokenizer."""
+        return prompt_ids(self.tokenizer, self.encoder, messages)
 
 
-def load_tuned(found: Found, say: Say) -> Tuned:
+def prompt_ids(tokenizer: Any, encoder: Encoder, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """The messages as the model was trained to see them, up to where its answer begins: what they say is
+    never a control token. Raises TemplateError where the template refuses them."""
+    try:
+        stand_ins = encoder.stand_ins(messages)
+        text = tokenizer.apply_chat_template(
+            encoder.shield(messages, stand_ins), add_generation_prompt=True, tokenize=False
+        )
+    except (*REFUSALS, BadRow) as error:
+        raise TemplateError(f"the model's chat template refuses this conversation: {error}") from error
+    ((ids, _),) = encoder.encode([encoder.name_control_tokens(text, stand_ins)])
+    return [int(id_) for id_ in ids]
+
+
+def load_tuned(found: Found, say: Say, *, needs_template: bool = True) -> Tuned:
     """Load what was found, on the fastest device that is there, in evaluation mode. The config of its run
     says how its base is to be loaded.
 
-    Raises ModelError if it cannot be loaded, TemplateError if it has no chat template."""
-    tokenizer = _load_tokenizer(found)
+    Raises ModelError if it cannot be loaded, TemplateError if it needs a chat template and has none."""
+    tokenizer = load_tokenizer(found)
+    if needs_template and not tokenizer.chat_template:
+        raise TemplateError(f"{found.home}: its tokenizer has no chat template; it is no chat model.")
     dtype, why = compute_dtype(ModelConfig(path=found.base))
     model = _load_model(found, tokenizer, dtype, say)
     settings = model.generation_config
@@ -68,7 +75,8 @@ def load_tuned(found: Found, say: Say) -> Tuned:
     return Tuned(found, model, tokenizer, Encoder(tokenizer))
 
 
-def _load_tokenizer(found: Found) -> Any:
+def load_tokenizer(found: Found) -> Any:
+    """The tokenizer that the model was trained with. Raises ModelError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     own = found.adapter is not None and (found.adapter / "tokenizer_config.json").is_file()
@@ -77,8 +85,6 @@ def _load_tokenizer(found: Found) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{source}: no tokenizer can be loaded from it: {first_line(error)}") from error
-    if not tokenizer.chat_template:
-        raise TemplateError(f"{source}: its tokenizer has no chat template; it is no chat model.")
     return tokenizer
 
 

@@ -1,0 +1,37 @@
+"""What was found, as the plain transformers folder that everything is exported from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tunesmith.artifacts.found import Found, Say
+from tunesmith.artifacts.tuned import load_tokenizer, load_tuned
+
+# Of a folder, what a model is; not the model card, nor what other tools put there.
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
+
+
+def plain_folder(found: Found, work: Path, say: Say) -> Path:
+    """A folder that stock transformers loads whole: the model's own, or for an adapter and for a model of the
+    hub `work`/plain, which is written.
+
+    Raises ModelError where the model cannot be loaded."""
+    base = Path(found.base)
+    if found.adapter is None and base.is_dir():
+        return base
+    folder = work / "plain"
+    model: Any = load_tuned(found, say, needs_template=False).model
+    if found.adapter is not None:
+        model = model.merge_and_unload(safe_merge=True)
+    model.save_pretrained(folder)
+    load_tokenizer(found).save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)  # safetensors writes files that only their owner can read
+    return folder
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a plain folder that make the model."""
+    return sorted(file for pattern in _FILES for file in folder.glob(pattern))
