@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tunesmith.config import Config, load_config
+from pydantic import ValidationError
+
+from tunesmith.config import Config, ModelConfig, load_config
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.models.save import BASE_SETTINGS
 
 Say = Callable[[str], None]
 _PARTS = ("best", "final")
@@ -27,6 +31,22 @@ class Found:
     def home(self) -> str:
         """Where its tokenizer and generation settings are, if it has its own."""
         return str(self.adapter) if self.adapter else self.base
+
+    @property
+    def base_settings(self) -> ModelConfig:
+        """How the base was held while the adapter was trained: by its run's config, or by what lies beside an
+        adapter that has left its run. Raises ModelError if that cannot be read."""
+        if self.adapter is None:
+            return ModelConfig(path=self.base)
+        if self.run is not None:
+            return self.run.model
+        file = self.adapter / BASE_SETTINGS
+        if not file.is_file():
+            return ModelConfig(path=self.base)
+        try:
+            return ModelConfig(path=self.base, **json.loads(file.read_text(encoding="utf-8"))["base"])
+        except (ValidationError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
 
 
 def find_model(name: str, say: Say) -> Found:

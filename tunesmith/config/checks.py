@@ -321,6 +321,12 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
         "cannot be trained in full. Set adapter.method to lora, or model.quantization to none",
     ),
     (
+        ("model.double_quantization", "model.quantization"),
+        lambda c: not c.model.double_quantization and c.model.quantization != "nf4",
+        "model.double_quantization is false, but model.quantization is {c.model.quantization}, and only nf4 "
+        "has scales that can be quantised. Remove it, or set model.quantization to nf4",
+    ),
+    (
         ("distributed.strategy", "model.quantization"),
         lambda c: c.distributed.strategy in ("fsdp", "zero3") and c.model.quantization != "none",
         "distributed.strategy is {c.distributed.strategy}, but weights in {c.model.quantization} cannot be "

@@ -103,9 +103,15 @@ class ModelConfig(Section):
     """Attention implementation of transformers. `auto` takes the fastest that can do what `data.packing`
     asks: our own on a CPU; on a GPU FlexAttention for `tree`, and FlashAttention, if installed, for `flat`;
     else what transformers chooses (sdpa). With any other value examples cannot share prefixes (`tree`)."""
-    quantization: Literal["none", "nf4", "int8"] = "none"
-    """Hold the frozen base weights in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). Needs an
-    adapter."""
+    quantization: Literal["none", "nf4", "int8", "torchao_int8"] = "none"
+    """Hold the frozen weights of the base's linear layers, but for the head, in 4 or 8 bits; needs an
+    adapter. `nf4`: QLoRA (Dettmers et al. 2023, arXiv:2305.14314), products in `dtype`. `int8`: LLM.int8()
+    (Dettmers et al. 2022, arXiv:2208.07339), inputs rounded to 8 bits too; both by bitsandbytes.
+    `torchao_int8`: weights only, by torchao. Its int4 is not offered: PEFT refuses such weights, and they do
+    not run on CPUs."""
+    double_quantization: bool = True
+    """With `nf4`: quantise the scales of the weights as well, which takes 0.37 bits less a weight (QLoRA,
+    section 3)."""
     rope_scaling: Literal["auto", "none", "linear", "dynamic", "yarn"] = "auto"
     """Scaling of rotary positions when `data.max_length` exceeds the length the model was trained for.
     `auto`: leave what the model's config has, and add linear scaling by the smallest whole factor only when

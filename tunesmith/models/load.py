@@ -12,10 +12,17 @@ from typing import Any
 import torch
 
 from tunesmith.config import Config
-from tunesmith.errors import MissingExtraError, ModelError
+from tunesmith.errors import ModelError
 from tunesmith.models.attention_choice import set_attention
 from tunesmith.models.devices import compute_dtype
 from tunesmith.models.initialise import initialise_model, scratch_config
+from tunesmith.models.quantize import (
+    check_stored_quantization,
+    memory_line,
+    prepare_quantized,
+    quantization_config,
+    stored_quantization,
+)
 
 Say = Callable[[str], None]
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -53,8 +60,11 @@ def _load_trained(config: Config, tokenizer: Any, say: Say) -> Any:
     options: dict[str, Any] = {}
     if config.model.attention != "auto":
         options["attn_implementation"] = config.model.attention
+    stored = stored_quantization(model_config)
+    if stored is not None:
+        check_stored_quantization(config.model.path, stored, config.model, is_adapted=not is_trained)
     if config.model.quantization != "none":
-        options["quantization_config"] = _quantization(config.model.quantization, dtype)
+        options["quantization_config"] = quantization_config(config.model, dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             config.model.path,
@@ -67,8 +77,9 @@ def _load_trained(config: Config, tokenizer: Any, say: Say) -> Any:
         )
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path={config.model.path}: cannot be loaded: {_short(error)}") from error
-    if config.model.quantization != "none":
-        model = _prepare_quantized(model)
+    if stored is not None or config.model.quantization != "none":
+        model = prepare_quantized(model)
+        say(memory_line(model))
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         say(f"embeddings grow from {rows} to {len(tokenizer)} rows for the tokens added to the tokenizer")
@@ -155,35 +166,6 @@ def scale_rope(model_config: Any, config: Config, say: Say) -> None:
         "original_max_position_embeddings": rope.get("original_max_position_embeddings", trained),
     }
     model_config.max_position_embeddings = int(trained * factor)
-
-
-def _quantization(kind: str, dtype: torch.dtype) -> Any:
-    from transformers import BitsAndBytesConfig
-    from transformers.utils import is_bitsandbytes_available
-
-    if not is_bitsandbytes_available():
-        raise MissingExtraError(f"model.quantization={kind}", "bitsandbytes", "quant")
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _prepare_quantized(model: Any) -> Any:
-    import bitsandbytes
-    from peft import prepare_model_for_kbit_training
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # bitsandbytes 0.50 repacks weights in an eval-mode forward on CPUs with AVX512-BF16, and the
-            # packed kernel has no gradient: training after an evaluation would be silently wrong. Delete when
-            # fixed there.
-            module.support_avx512bf16_for_cpu = False
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def _freeze(model: Any, patterns: list[str]) -> None:

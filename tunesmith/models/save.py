@@ -15,9 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tunesmith.config import ModelConfig
 from tunesmith.errors import CheckpointError
 
 _ADAPTER, WHOLE_MODEL = "adapter_model.safetensors", "model.safetensors"
+# Beside an adapter whose base was quantised: how, since PEFT's own file does not say.
+BASE_SETTINGS = "tunesmith.json"
 # One of these is in every checkpoint.
 WEIGHTS = (_ADAPTER, WHOLE_MODEL)
 
@@ -30,9 +33,10 @@ def write_artifact(
     *,
     stop_ids: Iterable[int],
     readme: str,
+    base: ModelConfig,
 ) -> None:
     """Write the adapter (or the whole model), tokenizer, chat template, generation_config and model card into
-    an empty folder.
+    an empty folder; of a quantised `base`, too, how it was.
 
     `model` is unwrapped (no DDP), `weights` are those of `artifact_weights`. `stop_ids` end a generated
     answer, beside those the base model stops at. Raises OSError if they cannot be written."""
@@ -43,8 +47,16 @@ def write_artifact(
     tokenizer.save_pretrained(folder)
     generation_config(model, tokenizer, stop_ids).save_pretrained(folder)
     (folder / "README.md").write_text(readme, encoding="utf-8")
+    write_base_settings(folder, base)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner can read
+
+
+def write_base_settings(folder: Path, base: ModelConfig) -> None:
+    """Beside an adapter, how its base was quantised; nothing if it was not."""
+    if base.quantization != "none":
+        held = {key: getattr(base, key) for key in ("quantization", "double_quantization")}
+        (folder / BASE_SETTINGS).write_text(json.dumps({"base": held}, indent=2) + "\n", encoding="utf-8")
 
 
 def artifact_weights(

@@ -236,6 +236,7 @@ class Session:
                 self.tokenizer,
                 stop_ids=self.stop_ids,
                 readme=self._card(step, metrics),
+                base=self.config.model,
             )
             seal(building, {"step": step, "versions": versions()})
         except OSError:

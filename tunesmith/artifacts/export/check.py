@@ -38,10 +38,10 @@ _CONTEXT = 2048
 _FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_k_m": 15, "bf16": 32}  # general.file_type
 
 # By type: the largest mean difference of log-probabilities, in nats, over the tokens to which transformers
-# gives a probability above 1e-4; by how many nats a greedy choice may be below transformers' own; the share of
-# greedy answers that must be equal. Measured on SmolLM2-135M (docs/export.md): 0.003, 0.02, 0.11 and 0.41; 0,
-# 0, 0.16 and 1.7; all, all, 5 and 3 of 8. The limits leave room for models that rounding disturbs more; a wrong
-# weight costs several nats.
+# gives a probability above 1e-4; by how many nats a greedy choice may be below transformers' own; the share
+# of greedy answers that must be equal. Measured on SmolLM2-135M (docs/export.md): 0.003, 0.02, 0.11 and 0.41;
+# 0, 0, 0.16 and 1.7; all, all, 5 and 3 of 8. The limits leave room for models that rounding disturbs more; a
+# wrong weight costs several nats.
 LIMITS: dict[str, tuple[float, float, float]] = {
     "f16": (0.02, 0.1, 0.75),
     "bf16": (0.1, 0.5, 0.5),

@@ -100,10 +100,11 @@ def read_gguf(file: Path, tools: Tools) -> dict[str, Any]:
 def pre_tokenizer(folder: Path) -> str:
     """llama.cpp's name for what splits a text before the merges of this folder's tokenizer, or "" if none is
     known."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return ""
-    spec = json.loads(file.read_text(encoding="utf-8"))["pre_tokenizer"] or {}
+    from transformers import AutoTokenizer
+
+    # Loaded, since a class (Qwen2Tokenizer) may put another than the file's in its place.
+    backend = getattr(AutoTokenizer.from_pretrained(folder), "backend_tokenizer", None)
+    spec = (json.loads(backend.to_str())["pre_tokenizer"] if backend is not None else None) or {}
     parts = spec.get("pretokenizers", [spec])
     return _PRE_TOKENIZERS.get(tuple(map(_part, parts)), "")
 

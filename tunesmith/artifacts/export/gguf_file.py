@@ -16,7 +16,7 @@ from tunesmith.artifacts.export.plain import plain_folder
 from tunesmith.artifacts.export.texts import rows_of
 from tunesmith.artifacts.export.tools import Tools, find_tools
 from tunesmith.artifacts.found import Found, Say, find_model
-from tunesmith.artifacts.tuned import load_tokenizer
+from tunesmith.artifacts.tuned import load_own_tokenizer
 from tunesmith.data.encoding import Encoder
 from tunesmith.errors import ExportError, ModelError
 
@@ -76,7 +76,7 @@ def _write_lora(found: Found, work: Path, tools: Tools, say: Say) -> Path:
 
 def reference_of(found: Found, model: Any, say: Say) -> Reference:
     """What an export is compared with: the model in float32, and what was found with it."""
-    tokenizer = load_tokenizer(found)
+    tokenizer = load_own_tokenizer(found)
     stops = model.generation_config.eos_token_id
     own_texts, own_chats = rows_of(found.run, _ROWS, say)
     return Reference(

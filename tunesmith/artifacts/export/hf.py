@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from tunesmith.artifacts.export import commands
 from tunesmith.artifacts.export.check import Reference
 from tunesmith.artifacts.export.gguf_file import reference_of, refuse_existing, work_folder
 from tunesmith.artifacts.export.plain import model_files, plain_folder
 from tunesmith.artifacts.found import Say, find_model
-from tunesmith.artifacts.tuned import load_tuned
+from tunesmith.artifacts.tuned import load_own_model, load_own_tokenizer
 from tunesmith.errors import ExportError
 
 # Mean difference of log-probabilities in nats. The same weights give the same numbers; a merged adapter is
@@ -57,7 +58,7 @@ def export_hf(name: str, out: Path, say: Say) -> Path:
             folder.mkdir()
             for file in model_files(plain):
                 shutil.copy(file, folder)
-        trained = load_tuned(found, lambda _: None, needs_template=False).model.float()
+        trained = load_own_model(found, load_own_tokenizer(found), torch.float32, lambda _: None)
         reference = reference_of(found, trained, say)
         say("loading it with stock transformers")
         error, number = _compare(folder, reference, work)

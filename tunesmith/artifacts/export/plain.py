@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.artifacts.found import Found, Say
-from tunesmith.artifacts.tuned import load_tokenizer, load_tuned
+from tunesmith.artifacts.tuned import load_own_model, load_own_tokenizer
+from tunesmith.config import ModelConfig
+from tunesmith.models.devices import compute_dtype
 
 # Of a folder, what a model is; not the model card, nor what other tools put there.
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")
@@ -21,11 +23,12 @@ def plain_folder(found: Found, work: Path, say: Say) -> Path:
     if found.adapter is None and base.is_dir():
         return base
     folder = work / "plain"
-    model: Any = load_tuned(found, say, needs_template=False).model
+    tokenizer = load_own_tokenizer(found)
+    model: Any = load_own_model(found, tokenizer, compute_dtype(ModelConfig(path=found.base))[0], say)
     if found.adapter is not None:
         model = model.merge_and_unload(safe_merge=True)
     model.save_pretrained(folder)
-    load_tokenizer(found).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     for file in folder.iterdir():
         file.chmod(0o644)  # safetensors writes files that only their owner can read
