@@ -18,7 +18,7 @@ from typing import Any
 from tunesmith.data.templates import REFUSALS
 from tunesmith.errors import TemplateError
 
-_ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
+_ACTION = re.compile(r'\{\{ ((?:"(?:[^"\\]|\\.)*"|[^"])*?) \}\}', re.DOTALL)
 _WORD = re.compile(r'"(?:[^"\\]|\\.)*"|[()]|[^\s()]+')
 _USER, _NEXT, _ANSWER, _SYSTEM = "Qmarkuser", "Qmarknext", "Qmarkanswer", "Qmarksystem"
 
@@ -43,45 +43,55 @@ def turn_shape(tokenizer: Any) -> TurnShape:
         turns = [{"role": role, "content": content} for role, content in messages]
         return str(tokenizer.apply_chat_template(turns, add_generation_prompt=asks, tokenize=False))
 
-    user, answer, after = ("user", _USER), ("assistant", _ANSWER), ("user", _NEXT)
+    user, answer, after, told = ("user", _USER), ("assistant", _ANSWER), ("user", _NEXT), ("system", _SYSTEM)
     try:
-        first = render(user)
-        answered = render(user, answer)
-        asked_again = render(user, answer, after)
-        asking = _rest(render(user, asks=True), first)
+        asked, asked_again = render(user, asks=True), render(user, answer, after, asks=True)
+        prefixes = [render(user), render(user, answer), render(user, answer, after)]
+        trims = _split(render(("user", f" {_USER} "), asks=True), _USER) == _split(asked, _USER)
     except REFUSALS as error:
         raise TemplateError(f"the chat template refuses a plain conversation: {error}") from error
-    user_turn = _split(_rest(asked_again, answered), _NEXT)
-    turn = user_turn[0] + _USER + user_turn[1]
-    if not first.endswith(turn):
-        raise TemplateError(_REFUSED.format("writes a first question differently from later ones"))
-    system = None
     try:
-        told = render(("system", _SYSTEM), user)
-        if told.endswith(turn):
-            system = _split(told.removesuffix(turn), _SYSTEM)
+        asked_told = render(told, user, asks=True)
     except REFUSALS:
-        pass  # a template without system prompts
+        asked_told = ""  # a template without system prompts
+    before, asking = _split(asked, _USER)
+    head, _, rest = asked_again.partition(_USER)
+    between, back, end = *_split(rest.partition(_NEXT)[0], _ANSWER), rest.partition(_NEXT)[2]
+    if (head, end) != (before, asking):
+        raise TemplateError(_REFUSED.format("writes turns differently as a conversation goes on"))
+    # What stands between two messages can be cut anywhere, as long as it is always cut there: where the turns
+    # of renders without a question put to the model end, if those agree.
+    turn = _turn(prefixes, back, asking)
+    opening, system = before.removesuffix(turn[0]), None
+    if asked_told.endswith(_USER + asking):
+        marked = asked_told.removesuffix(_USER + asking)
+        if marked.endswith(turn[0]) and _SYSTEM in marked:
+            system = _split(marked.removesuffix(turn[0]), _SYSTEM)
     return TurnShape(
-        user=user_turn,
-        assistant=_split(_rest(answered, first), _ANSWER),
+        user=turn,
+        assistant=(between.removeprefix(turn[1]), back.removesuffix(turn[0])),
         system=system,
-        opening=first.removesuffix(turn),
-        asking=asking,
-        trims=f"{user_turn[0]} {_USER}" not in render(("user", f" {_USER} ")),
+        opening=opening,
+        asking=asking.removeprefix(turn[1]),
+        trims=trims,
     )
+
+
+def _turn(prefixes: list[str], back: str, asking: str) -> tuple[str, str]:
+    """What is written before and after a user's message, as far as renders of one, two and three messages
+    tell, each of which should go on from the one before; nothing, where they do not."""
+    first, answered, again = prefixes
+    if not (again.startswith(answered) and answered.startswith(first)):
+        return "", ""
+    before, after = _split(again[len(answered) :], _NEXT)
+    is_sound = first.endswith(before + _USER + after) and back.endswith(before) and asking.startswith(after)
+    return (before, after) if is_sound else ("", "")
 
 
 _REFUSED = (
     "the chat template {}, so none in Ollama's language can be derived from it. Serve a GGUF file with "
     "llama-server, which has the template itself: tunesmith export gguf."
 )
-
-
-def _rest(longer: str, shorter: str) -> str:
-    if not longer.startswith(shorter):
-        raise TemplateError(_REFUSED.format("rewrites earlier turns as a conversation goes on"))
-    return longer[len(shorter) :]
 
 
 def _split(turn: str, marker: str) -> tuple[str, str]:
