@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import torch
 
 from tunesmith.artifacts.export.server import SCRIPT
 from tunesmith.artifacts.export.tools import Tools
@@ -43,7 +44,7 @@ def convert(folder: Path, target: Path, type_: GgufType, tools: Tools) -> None:
     if type_ == "q4_k_m":
         whole = target.with_name("whole.gguf")
         _convert(folder, whole, _lossless(folder), tools)
-        _run("quantise", tools.library, whole, target, _FTYPE_Q4_K_M, os.cpu_count() or 1)
+        _run("quantise", tools.library, whole, target, _FTYPE_Q4_K_M, torch.get_num_threads())
         whole.unlink()
     else:
         _convert(folder, target, type_, tools)

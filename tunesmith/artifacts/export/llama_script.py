@@ -3,7 +3,7 @@
     python llama_script.py convert SOURCES SCRIPT PRE [the script's arguments]
     python llama_script.py quantise LIBRARY FROM TO FTYPE THREADS
     python llama_script.py read SOURCES FILE           a JSON object on stdout
-    python llama_script.py serve PACKAGES FILE TOKENS [LORA]    until killed; its address on stdout
+    python llama_script.py serve PACKAGES FILE TOKENS THREADS [LORA]    until killed; its address on stdout
 
 It imports nothing of tunesmith: the modules of llama.cpp must be the only ones called `gguf`.
 """
@@ -95,7 +95,7 @@ def read(sources: str, file: str) -> None:
     json.dump({"fields": fields, "tensors": tensors}, sys.stdout, default=str)
 
 
-def serve(packages: str, file: str, max_tokens: str, lora: str = "") -> None:
+def serve(packages: str, file: str, max_tokens: str, threads: str, lora: str = "") -> None:
     """Serve a model on the CPU and the loopback device, one request at a time, with room for `max_tokens`."""
     sys.path.insert(0, packages)
     from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server
@@ -103,6 +103,7 @@ def serve(packages: str, file: str, max_tokens: str, lora: str = "") -> None:
     params = CommonParams()
     params.model.path = file
     params.n_ctx, params.n_parallel = int(max_tokens), 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
     params.n_gpu_layers, params.fit_params, params.warmup = 0, False, False
     params.hostnames, params.port = ["127.0.0.1"], 0
     if lora:

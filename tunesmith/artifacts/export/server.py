@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunesmith.artifacts.export.tools import Tools
 from tunesmith.errors import ExportError
 
@@ -70,7 +72,9 @@ def serving(file: Path, tools: Tools, *, max_tokens: int, lora: Path | None = No
     """Load a GGUF file, on the CPU, with room for prompt and answer of `max_tokens`.
 
     Raises ExportError, with what llama.cpp said, if it cannot be loaded."""
-    command = [sys.executable, SCRIPT, "serve", tools.folder, file, max_tokens, *([lora] if lora else [])]
+    threads = torch.get_num_threads()  # as many as may be busy: llama.cpp's wait for each other by spinning
+    command = [sys.executable, SCRIPT, "serve", tools.folder, file, max_tokens, threads]
+    command += [lora] if lora else []
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         process = subprocess.Popen(
             [str(part) for part in command],
