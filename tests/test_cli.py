@@ -31,6 +31,7 @@ VERBS = [
     "prepare",
     "preview",
     "chat",
+    "export",
     "checkpoints",
     "verify-resume",
     "tokenizer",

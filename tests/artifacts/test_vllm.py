@@ -41,8 +41,10 @@ if __name__ == "__main__":
     llm = LLM(asked["model"], dtype="bfloat16", max_model_len=512, enforce_eager=True,
               enable_lora=asked["adapter"] is not None, max_lora_rank=8)
     lora = LoRARequest("tuned", 1, asked["adapter"]) if asked["adapter"] else None
-    given = llm.chat(asked["chats"], SamplingParams(temperature=0, max_tokens=asked["number"]), lora_request=lora)
-    json.dump([[list(one.prompt_token_ids), list(one.outputs[0].token_ids)] for one in given], open(asked["out"], "w"))
+    greedy = SamplingParams(temperature=0, max_tokens=asked["number"])
+    given = llm.chat(asked["chats"], greedy, lora_request=lora)
+    ids = [[list(one.prompt_token_ids), list(one.outputs[0].token_ids)] for one in given]
+    json.dump(ids, open(asked["out"], "w"))
 """
 
 
@@ -98,9 +100,7 @@ def answers(python: Path, model: Path, adapter: Path | None, out: Path) -> list[
     }
     program = out.with_suffix(".py")
     program.write_text(PROGRAM)
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_NUM_THREADS")
-    }
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
         [str(python), str(program)],
         input=json.dumps(asked),
