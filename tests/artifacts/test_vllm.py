@@ -67,17 +67,13 @@ def python() -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small update, that changes answers and leaves a language."""
+    """A random update, small enough to leave a language."""
     torch.manual_seed(1)
     settings = LoraConfig(
-        task_type="CAUSAL_LM", r=8, lora_alpha=1, target_modules="all-linear", init_lora_weights=False
+        task_type="CAUSAL_LM", r=8, lora_alpha=4, target_modules="all-linear", init_lora_weights=False
     )
     base = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.bfloat16)
     model = get_peft_model(base, settings)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter *= 0.2
     folder = tmp_path_factory.mktemp("vllm") / "adapter"
     model.save_pretrained(folder)
     return folder
@@ -136,13 +132,12 @@ def test_vllm_answers_with_adapter_and_with_merged_model_as_we_do(
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     base = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32)
-    plain = base(torch.tensor([tokenizer("Rain is").input_ids])).logits
     tuned = PeftModel.from_pretrained(base, adapter).eval()
-    assert (tuned(torch.tensor([tokenizer("Rain is").input_ids])).logits - plain).abs().max() > 0.5
     merged = export_hf(str(adapter), tmp_path / "merged", print)
-    equal = {
-        "adapter": check(answers(python, demo_model, adapter, tmp_path / "a.json"), tuned, tokenizer),
-        "merged": check(answers(python, merged, None, tmp_path / "m.json"), tuned, tokenizer),
-    }
+    by_adapter = answers(python, demo_model, adapter, tmp_path / "a.json")
+    by_merged = answers(python, merged, None, tmp_path / "m.json")
+    with tuned.disable_adapter(), pytest.raises(AssertionError):
+        check(by_adapter, tuned, tokenizer)  # the base would not have said it
+    equal = {"adapter": check(by_adapter, tuned, tokenizer), "merged": check(by_merged, tuned, tokenizer)}
     print(f"equal greedy answers of {len(QUESTIONS)}: {equal}", file=sys.stderr)
     assert min(equal.values()) >= len(QUESTIONS) // 2
