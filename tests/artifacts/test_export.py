@@ -6,6 +6,7 @@ need them are skipped.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import struct
@@ -19,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import make_tiny_model, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tunesmith.artifacts.export import check, convert, gguf_file, hf, plain
+from tunesmith.artifacts.export import check, convert, gguf_file, hf, ollama, plain
 from tunesmith.artifacts.export.check import Reference, check_metadata, check_served, reference_model
 from tunesmith.artifacts.export.gguf_file import export_gguf, reference_of
 from tunesmith.artifacts.export.hf import export_hf
@@ -30,7 +31,7 @@ from tunesmith.artifacts.found import Found
 from tunesmith.cli import main
 from tunesmith.data.templates import CHATML
 from tunesmith.data.train_tokenizer import train_tokenizer
-from tunesmith.errors import ExportError, ModelError
+from tunesmith.errors import ExportError, ModelError, TemplateError
 
 MakeTokenizer = Callable[..., Any]
 
@@ -299,6 +300,22 @@ def test_a_folder_for_ollama_has_the_template_the_stops_and_the_sampling(
     assert text.endswith('"""\nPARAMETER stop "<|im_end|>"\nPARAMETER temperature 0\n')
     assert any("token ids of 18 conversations equal the trained ones" in line for line in lines), lines
     assert lines[-1] == f"Ollama:  ollama create out -f {folder}/Modelfile && ollama run out"
+
+
+def test_a_system_prompt_that_ollama_could_not_render_is_refused(
+    gguf: Path, reference: Reference, tools: Tools
+) -> None:
+    """As Gemma's: the template writes it before the first question, within the user's turn."""
+    tokenizer = copy.deepcopy(reference.tokenizer)
+    tokenizer.chat_template = (
+        "{% set said = messages[0].content + '\n' if messages[0].role == 'system' else '' %}"
+        "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{{ (said if loop.first else '') + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    other = Reference(**(vars(reference) | {"tokenizer": tokenizer, "system": "be brief"}))
+    with pytest.raises(TemplateError, match="writes into a user's turn"):
+        ollama._checked_template(gguf, other, tools, print)
 
 
 # --- a plain transformers folder

@@ -54,6 +54,11 @@ def _checked_template(file: Path, reference: Reference, tools: Tools, say: Say) 
     if not reference.tokenizer.chat_template:
         raise TemplateError("the model has no chat template, which Ollama asks for. tunesmith export gguf.")
     shape = turn_shape(reference.tokenizer)
+    if reference.system and shape.system is None:
+        raise TemplateError(
+            "the model was trained with a system prompt, which its chat template writes into a user's turn: "
+            "Ollama cannot. Serve a GGUF file with llama-server: tunesmith export gguf."
+        )
     with serving(file, tools, max_tokens=reference.positions) as server:
         added = server.tokenize("", has_control=True)
         template = go_template(shape, reference.tokenizer.decode(added))
