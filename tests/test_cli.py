@@ -35,6 +35,7 @@ VERBS = [
     "generate",
     "eval",
     "merge",
+    "export",
     "checkpoints",
     "verify-resume",
     "tokenizer",

