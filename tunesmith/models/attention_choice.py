@@ -14,7 +14,7 @@ from tunesmith.models.attention import use_packed_attention
 from tunesmith.models.devices import compute_dtype, default_device
 from tunesmith.models.flex_attention import NAME as FLEX
 from tunesmith.models.flex_attention import use_flex_attention
-from tunesmith.models.held import Held
+from tunesmith.models.held import EVERYWHERE, Held
 from tunesmith.models.native.build import missing
 from tunesmith.models.packable import attends_like
 
@@ -52,7 +52,7 @@ def choose_attention(
     return stock, "as transformers chose"
 
 
-def set_attention(model: Any, config: Config, say: Callable[[str], None], held: Held) -> None:
+def set_attention(model: Any, config: Config, say: Callable[[str], None], held: Held = EVERYWHERE) -> None:
     """Give a model that was just loaded the attention that suits the run. Ours gives way to transformers'
     where the model turns out to ask for more."""
     dtype, _ = compute_dtype(config.model)
