@@ -14,7 +14,7 @@ import torch
 from crash.harness import Driver, difference, scenario_config
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
-from tiny import conversations, write_rows
+from tiny import conversations, make_tiny_model, write_rows
 from transformers import AutoModelForCausalLM
 
 from tunesmith.config import load_config
@@ -129,6 +129,20 @@ def test_a_run_has_the_losses_of_one_process_and_makes_the_same_model(
     assert_same_course(alone(method, recipe), run, rel=1e-5)
     expected = logits_of(alone(method, recipe) / "final", method)
     assert torch.allclose(logits_of(run / "final", method), expected, atol=1e-3 * float(expected.std()))
+
+
+@pytest.mark.parametrize("strategy", each(["fsdp", "zero3"]))
+def test_a_head_of_its_own_is_trained_in_full(driver: Driver, folder: Path, strategy: str) -> None:
+    """One that is tied to the embedding is put together for that; this one only for what it gave."""
+    untied = folder / "untied"
+    untied.mkdir(exist_ok=True)
+    if not (untied / "model").exists():
+        make_tiny_model(untied / "model", "mistral")
+        for name in ("train.jsonl", "valid.jsonl"):
+            write_rows(untied / name, conversations(22 if name == "train.jsonl" else 6))
+        train(driver, config_of(untied, "alone", "ddp", "none"), 1)
+    run = train(driver, config_of(untied, strategy, strategy, "none"), 2)
+    assert_same_course(untied / "runs" / "alone", run, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
