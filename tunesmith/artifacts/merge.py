@@ -42,7 +42,9 @@ from tunesmith.artifacts.tuned import (
     source_options,
 )
 from tunesmith.config import ModelConfig
+from tunesmith.config.methods import METHODS
 from tunesmith.errors import MergeError, ModelError
+from tunesmith.models.bottleneck import KIND as BOTTLENECK
 from tunesmith.models.devices import compute_dtype, default_device, free_memory_bytes
 from tunesmith.models.quantize import as_quantized, quantized_names, stored_quantization
 from tunesmith.training import durable_files
@@ -53,14 +55,13 @@ _SHARD_BYTES = 5 * 10**9
 # measured to make, and more in float32 (docs/artifacts.md).
 _TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 _INT8_TOLERANCE = 1e-2  # LLM.int8() rounds the inputs of layers too; the merged model does not
-_VIRTUAL = "its virtual tokens stand before every input, and no weight of the base could stand for them"
 _NO_MERGE = {
-    "PREFIX_TUNING": _VIRTUAL,
-    "PROMPT_TUNING": _VIRTUAL,
-    "MULTITASK_PROMPT_TUNING": _VIRTUAL,
-    "P_TUNING": _VIRTUAL,
-    "CPT": _VIRTUAL,
-    "TUNESMITH_BOTTLENECK": "it has a non-linearity, which no matrix of the base could stand for",
+    "PREFIX_TUNING": METHODS["prefix"].no_merge,
+    "PROMPT_TUNING": METHODS["prompt"].no_merge,
+    "MULTITASK_PROMPT_TUNING": METHODS["prompt"].no_merge,
+    "CPT": METHODS["prompt"].no_merge,
+    "P_TUNING": METHODS["p_tuning"].no_merge,
+    BOTTLENECK: METHODS["bottleneck"].no_merge,
 }
 
 
