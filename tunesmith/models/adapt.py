@@ -96,10 +96,13 @@ def _as_input(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> 
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """(trained, all) parameters; a quantised weight counts by the numbers it stands for."""
+    """(trained, all) parameters; a quantised weight counts by the numbers it stands for, and one that ZeRO-3
+    has shared out as a whole."""
     trained = total = 0
     for parameter in model.parameters():
-        count = parameter.numel() * (2 if parameter.__class__.__name__ == "Params4bit" else 1)
+        count = getattr(parameter, "ds_numel", parameter.numel()) * (
+            2 if parameter.__class__.__name__ == "Params4bit" else 1
+        )
         total += count
         trained += count if parameter.requires_grad else 0
     return trained, total
