@@ -36,6 +36,7 @@ def run_config(tiny_models, tmp_path):
                 "cache_dir": str(tmp_path / "cache"),
             },
             "train": {"epochs": 1, "batch_size": 4, "learning_rate": 1e-2, "micro_batch_tokens": 512},
+            "eval": {"stop_rate_rows": 0},
         }
         for section, values in sections.items():
             base[section] = {**base.get(section, {}), **values}

@@ -38,6 +38,8 @@ def full(run_config, rows, tmp_path, **sections):
     config = run_config(checkpoint={"every_steps": 60}, **sections)
     config["adapter"] = {"method": "none"}
     config["data"]["train"] = str(write_rows(tmp_path / "rows.jsonl", rows))
+    if "stop_rate_rows" not in sections.get("eval", {}):
+        del config["eval"]["stop_rate_rows"]  # as it is in a config that does not say
     return config
 
 
