@@ -28,7 +28,7 @@ def spoil(monkeypatch, *steps: int, value: float = math.nan):
         share = original(self, model, inputs, return_outputs, num_items_in_batch)
         if self.state.global_step + 1 in steps:
             share = share * value
-            self._step_losses[-1] = share.detach()
+            self._step_outcomes[-1] = self._step_outcomes[-1]._replace(loss=share.detach())
         return share
 
     monkeypatch.setattr(PackTrainer, "compute_loss", compute_loss)

@@ -47,7 +47,9 @@ class PreparedRow:
     """What became of one row: its examples, or why it has none. `too_long` holds (tokens, targets) of each
     example that `too_long: drop` left out. `text_bytes`: of raw text, as UTF-8. `stream` says where a stream
     can be taken up to get at this row (rows.py). `counts` is there for a block of a stream, whose examples
-    are of many rows: the account of those that were not counted with an earlier block."""
+    are of many rows: the account of those that were not counted with an earlier block. `reference`: the
+    log-probability that a reference model gives each target of the examples in turn, NaN where it was not
+    asked. `mismatched`: this row's prompt with the answer of another row."""
 
     place: str
     examples: tuple[Example, ...] = ()
@@ -57,6 +59,8 @@ class PreparedRow:
     text_bytes: int = 0
     stream: dict[str, Any] | None = None
     counts: SourceReport | None = None
+    reference: NDArray[np.float32] | None = None
+    mismatched: PreparedRow | None = None
 
 
 @dataclass(frozen=True, slots=True)

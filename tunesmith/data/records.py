@@ -71,6 +71,8 @@ class Example:
     num_cut_tokens: int = 0
     num_cut_targets: int = 0
     notes: tuple[str, ...] = field(default=())
+    side: int = 0  # of a preference: 0 chosen or desirable, 1 rejected or undesirable
+    margin: float = 0.0  # of a pair: by how much the chosen answer was judged better
 
     def token_weights(self) -> NDArray[np.float32]:
         """[T] float32: the loss weight of each token as a target, 0 where it is not one."""

@@ -74,6 +74,70 @@ class CachedRows:
         return CachedRows(self._dataset.select(indices))
 
 
+class AnswerRows:
+    """Pairs of answers, or labelled ones, on disk; item i is row i with the examples of all its answers.
+
+    row_starts [R + 1]: row r owns the examples row_starts[r]:row_starts[r + 1]. With `mismatched` each row
+    comes with its prompt and the next row's answer, the last one with that of the first. `reference` and
+    `mismatched_reference` hold what a reference model says of each target, if one was asked."""
+
+    def __init__(
+        self, examples: CachedRows, row_starts: NDArray[np.int64], *, mismatched: bool = False
+    ) -> None:
+        self.examples = examples
+        self.row_starts = row_starts
+        self.is_mismatched = mismatched
+        of_examples = np.concatenate([[0], np.cumsum(examples.column("num_targets"), dtype=np.int64)])
+        self.target_starts = of_examples[row_starts]
+        # The next row's last answer, which may be one of several examples.
+        last = row_starts[1:] - 1
+        of_mismatched = np.roll(of_examples[last + 1] - of_examples[last], -1)
+        self.mismatched_starts = np.concatenate([[0], np.cumsum(of_mismatched, dtype=np.int64)])
+        self.reference: NDArray[np.float32] | None = None
+        self.mismatched_reference: NDArray[np.float32] | None = None
+
+    def __len__(self) -> int:
+        return len(self.row_starts) - 1
+
+    def __getitem__(self, index: int) -> PreparedRow:
+        items = [self.examples[item] for item in range(self.row_starts[index], self.row_starts[index + 1])]
+        examples = tuple(example for item in items for example in item.examples)
+        row = PreparedRow(
+            items[0].place, examples, reference=_between(self.reference, self.target_starts, index)
+        )
+        if not self.is_mismatched:
+            return row
+        other = self.examples[self.row_starts[(index + 1) % len(self) + 1] - 1].examples[0]
+        mismatched = PreparedRow(
+            row.place,
+            (_with_answer_of(examples[-1], other),),
+            reference=_between(self.mismatched_reference, self.mismatched_starts, index),
+        )
+        return replace(row, mismatched=mismatched)
+
+
+def _between(
+    values: NDArray[np.float32] | None, starts: NDArray[np.int64], index: int
+) -> NDArray[np.float32] | None:
+    return None if values is None else np.array(values[starts[index] : starts[index + 1]])
+
+
+def _with_answer_of(example: Example, other: Example) -> Example:
+    """The prompt of one example, up to its first target, with the other's first to last target."""
+    prompt = example.input_ids[: int(np.argmax(example.token_weights() > 0))]
+    weights = other.token_weights()
+    (targets,) = np.nonzero(weights)
+    answer = slice(int(targets[0]), int(targets[-1]) + 1)
+    (runs,) = np.nonzero(np.diff(weights[answer], prepend=0, append=0))
+    bounds = np.stack([runs[:-1], runs[1:]], axis=1)
+    spans = bounds[weights[answer][bounds[:, 0]] > 0]
+    return Example(
+        np.concatenate([prompt, other.input_ids[answer]]),
+        (spans + len(prompt)).astype(np.int32),
+        weights[answer][spans[:, 0]],
+    )
+
+
 class JoinedRows:
     """Documents on disk joined and cut every `size` tokens, whatever ends or begins there; item i is one
     block, an example that sees all of itself. The last block of a source is what is left. Blocks are put

@@ -46,11 +46,12 @@ def collate(rows: Sequence[PreparedRow], *, tree: bool) -> dict[str, Any]:
     rows         what became of each row (examples left out where they lie in the pack), for reports
     num_tokens   of the rows: a token that five of them share counts five times
     num_targets  likewise, of their predictions
+    total        what a sum of losses over them is divided by, for a mean: here the weight of the predictions
 
     A flat pack's `layout` is None: positions say it all, to models too that take no such keyword."""
     examples = [example for row in rows for example in row.examples]
     pack = pack_tree(examples) if tree else pack_flat(examples) | {"layout": None}
-    return pack | {"rows": list(rows)}
+    return pack | {"rows": list(rows), "total": float(pack["weights"].sum(dtype=torch.float64))}
 
 
 def collate_flat(rows: Sequence[PreparedRow]) -> dict[str, Any]:
@@ -66,55 +67,72 @@ def collate_tree(rows: Sequence[PreparedRow]) -> dict[str, Any]:
 def pack_flat(examples: Sequence[Example]) -> dict[str, Any]:
     """The flat pack of the examples in their order: input_ids, position_ids [1, T] int64; positions, targets
     [P] int64; weights [P] float32; layout; num_tokens, num_targets."""
-    if not examples:
-        return _pack([], np.zeros(1, np.int32), PackLayout.of_lengths([1]), [])
-    lengths = [len(example.input_ids) for example in examples]
-    ends = np.cumsum(lengths)
-    paths = [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-    input_ids = np.concatenate([example.input_ids for example in examples])
-    return _pack(examples, input_ids, PackLayout.of_lengths(lengths), paths)
+    return _pack(examples, lay_flat(examples))
 
 
 def pack_tree(examples: Sequence[Example], *, min_shared: int = MIN_SHARED_TOKENS) -> dict[str, Any]:
     """The prefix-tree pack of the examples: the same entries as of the flat pack, and the same pack where
     there is nothing to share."""
+    return _pack(examples, lay_tree(examples, min_shared=min_shared))
+
+
+@dataclass(frozen=True)
+class Laid:
+    """Examples laid out in one pass. Token t of example e is input_ids[paths[e][t]]."""
+
+    input_ids: NDArray[np.int32]
+    layout: PackLayout
+    paths: list[NDArray[np.int64]]
+
+    def inputs(self) -> dict[str, Any]:
+        """What a model is given of them."""
+        return {
+            "input_ids": torch.from_numpy(self.input_ids.astype(np.int64))[None],
+            "position_ids": self.layout.position_ids[None],
+            "layout": self.layout,
+        }
+
+
+def lay_flat(examples: Sequence[Example]) -> Laid:
+    """End to end, in their order."""
     if not examples:
-        return pack_flat(examples)
+        return Laid(np.zeros(1, np.int32), PackLayout.of_lengths([1]), [])
+    lengths = [len(example.input_ids) for example in examples]
+    ends = np.cumsum(lengths)
+    paths = [np.arange(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    input_ids = np.concatenate([example.input_ids for example in examples])
+    return Laid(input_ids, PackLayout.of_lengths(lengths), paths)
+
+
+def lay_tree(examples: Sequence[Example], *, min_shared: int = MIN_SHARED_TOKENS) -> Laid:
+    """As the prefix tree of their tokens."""
+    if not examples:
+        return lay_flat(examples)
     tree = _Tree.of([example.input_ids for example in examples], min_shared)
-    return _pack(examples, tree.input_ids, PackLayout(tree.segments), tree.paths)
+    return Laid(tree.input_ids, PackLayout(tree.segments), tree.paths)
 
 
-def _pack(
-    examples: Sequence[Example],
-    input_ids: NDArray[np.int32],
-    layout: PackLayout,
-    paths: Sequence[NDArray[np.int64]],
-) -> dict[str, Any]:
-    """The pack whose token paths[e][t] is token t of example e."""
-    of_examples = _Predictions.of(examples, paths)
-    predictions = of_examples.merged()
+def _pack(examples: Sequence[Example], laid: Laid) -> dict[str, Any]:
+    of_examples = Predictions.of(examples, laid.paths)
+    predictions, _ = of_examples.merged()
     return {
-        "input_ids": torch.from_numpy(input_ids.astype(np.int64))[None],
-        "position_ids": layout.position_ids[None],
-        "layout": layout,
-        "positions": torch.from_numpy(predictions.positions),
-        "targets": torch.from_numpy(predictions.targets),
-        "weights": torch.from_numpy(predictions.weights),
+        **laid.inputs(),
+        **predictions.tensors(),
         "num_tokens": sum(len(example.input_ids) for example in examples),
         "num_targets": len(of_examples.targets),
     }
 
 
 @dataclass(frozen=True)
-class _Predictions:
-    """positions, targets [P] int64; weights [P] float32."""
+class Predictions:
+    """Loss terms: positions, targets [P] int64; weights [P] float32."""
 
     positions: NDArray[np.int64]
     targets: NDArray[np.int64]
     weights: NDArray[np.float32]
 
     @classmethod
-    def of(cls, examples: Sequence[Example], paths: Sequence[NDArray[np.int64]]) -> _Predictions:
+    def of(cls, examples: Sequence[Example], paths: Sequence[NDArray[np.int64]]) -> Predictions:
         """Those of each example in turn."""
         positions, targets, weights = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0, "f4")]
         for example, path in zip(examples, paths, strict=True):
@@ -125,18 +143,28 @@ class _Predictions:
             weights.append(token_weights[target_at])
         return cls(np.concatenate(positions), np.concatenate(targets), np.concatenate(weights))
 
-    def merged(self) -> _Predictions:
-        """In ascending order of (position, target), each pair once, with the sum of its weights."""
+    def merged(self) -> tuple[Predictions, NDArray[np.int64]]:
+        """In ascending order of (position, target), each pair once, with the sum of its weights; and which
+        of those each of these is: [P]."""
         if not len(self.targets):
-            return self
+            return self, np.empty(0, np.int64)
         pairs = self.positions * (int(self.targets.max()) + 1) + self.targets
         order = np.argsort(pairs, kind="stable")  # timsort: examples come as a few sorted runs
         pairs = pairs[order]
-        (first,) = np.nonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]]))
+        is_first = np.concatenate([[True], pairs[1:] != pairs[:-1]])
+        (first,) = np.nonzero(is_first)
         once = order[first]
-        return _Predictions(
-            self.positions[once], self.targets[once], np.add.reduceat(self.weights[order], first)
-        )
+        merged_into = np.empty(len(pairs), np.int64)
+        merged_into[order] = np.cumsum(is_first) - 1
+        weights = np.add.reduceat(self.weights[order], first)
+        return Predictions(self.positions[once], self.targets[once], weights), merged_into
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            "positions": torch.from_numpy(self.positions),
+            "targets": torch.from_numpy(self.targets),
+            "weights": torch.from_numpy(self.weights),
+        }
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tunesmith.data.loading import load_data
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.models.adapt import build_model
 from tunesmith.training.environment import inputs
-from tunesmith.training.objectives import next_token_loss
+from tunesmith.training.objectives import NextToken
 from tunesmith.training.progress import Progress
 from tunesmith.training.run_folder import RunFolder
 from tunesmith.training.session import Session
@@ -54,9 +54,7 @@ def train(config: Config, startup: Startup | None) -> RunResult:
         model = build_model(config, tokenizer, progress.say, held=held)
         startup.mark("model load, adapter, fuse")
         card = partial(model_card, config, data, model)
-        objective = partial(
-            next_token_loss, label_smoothing=config.train.label_smoothing, z_loss=config.train.z_loss
-        )
+        objective = NextToken(config.train.label_smoothing, config.train.z_loss)
         session = Session(
             config,
             run,

@@ -21,6 +21,7 @@ from tunesmith.models.adalora import allocate
 from tunesmith.models.cost import Cost
 from tunesmith.models.devices import peak_memory_gib
 from tunesmith.packing.steps import StepRows
+from tunesmith.training.objectives import means
 from tunesmith.training.random_state import random_state, restore_random_state
 from tunesmith.training.run_folder import eval_losses
 
@@ -206,8 +207,13 @@ class MetricsFile(TrainerCallback):
             sum(getattr(counts, name) for counts, _ in self._since_log)
             for name in ("rows", "tokens", "targets", "computed_tokens")
         )
+        figures: dict[str, tuple[float, float]] = {}
+        for name, (total, number) in (item for c, _ in self._since_log for item in c.figures.items()):
+            before = figures.get(name, (0.0, 0.0))
+            figures[name] = (before[0] + total, before[1] + number)
         self._since_log.clear()
         return {
+            **means(figures),
             "rows": rows,
             "tokens": tokens,
             "target_tokens": targets,

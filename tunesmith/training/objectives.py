@@ -1,14 +1,60 @@
 """Objectives: what a pass of a model over a pack is asked to lower. A model and a pack in, a sum over targets
-out."""
+or rows out."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from tunesmith.losses.cross_entropy import weighted_cross_entropy
 from tunesmith.models.fuse import loss_head
+
+Pack = dict[str, Any]
+
+
+class Outcome(NamedTuple):
+    """What an objective says of a pack. loss: a sum, float32, which the sum of the step's `total` divides.
+    figures: what else there is to know, each as the sum and the number that it is a mean of."""
+
+    loss: Tensor
+    figures: Mapping[str, tuple[Tensor, Tensor]] = {}
+
+
+def pairs_of(parts: Sequence[float]) -> list[tuple[float, float]]:
+    """The figures that were laid end to end."""
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def means(figures: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """The mean of each figure of which there is one."""
+    return {name: total / number for name, (total, number) in figures.items() if number}
+
+
+class Objective(Protocol):
+    """What the trainer asks of each pass. Every rank names the same figures, in the same order."""
+
+    def begin(self, model: Any, packs: Iterable[Pack]) -> None:
+        """Look at all packs of a step (or of an evaluation), as they are before they go to the device."""
+
+    def __call__(self, model: Any, pack: Pack) -> Outcome: ...
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The objective of supervised fine-tuning and pretraining."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def begin(self, model: Any, packs: Iterable[Pack]) -> None:
+        """A pass needs to know of no other."""
+
+    def __call__(self, model: Any, pack: Pack) -> Outcome:
+        loss = next_token_loss(model, pack, label_smoothing=self.label_smoothing, z_loss=self.z_loss)
+        return Outcome(loss)
 
 
 def next_token_loss(

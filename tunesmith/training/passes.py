@@ -15,12 +15,13 @@ import torch
 from tunesmith.config import Config
 from tunesmith.config.methods import METHODS
 from tunesmith.data.loading import RowSet
-from tunesmith.data.rows import CachedRows, StreamedRows
+from tunesmith.data.rows import AnswerRows, CachedRows, StreamedRows
 from tunesmith.errors import ConfigError
 from tunesmith.models.cost import activation_bytes, optimizer_bytes
 from tunesmith.models.devices import default_device, free_memory_bytes
 from tunesmith.models.held import EVERYWHERE, Held
 from tunesmith.models.packable import Packing, possible_packing
+from tunesmith.packing.answers import plan_answers
 from tunesmith.packing.plan import RowSource, StepPlan, make_plan
 from tunesmith.packing.sharing import Sharing
 
@@ -64,17 +65,24 @@ def plan_passes(
             "data.loading is streaming, where a block holds several documents, and this model needs a pass "
             "for each. Set data.loading to cached, or data.packing to concatenate."
         )
-    sharing = None
+    lengths, sharing = rows.lengths, None
     # Lazy and streamed rows have no tokens yet: packs of them share what happens to lie in one pass.
     if packing == "tree" and isinstance(rows.rows, CachedRows):
         sharing = Sharing.of_tokens(*rows.rows.token_chunks())
+    if isinstance(rows.rows, AnswerRows):
+        if packing == "none":
+            raise ConfigError(
+                "a pass of this model can hold one answer only, and `tunesmith prefer` needs both of a pair "
+                "in one. Take a model whose layers do not mix the documents of a pass."
+            )
+        lengths, sharing = plan_answers(rows.rows, tree=packing == "tree")
 
     warmup = config.train.batch_size_warmup
 
     @functools.cache  # the size that is chosen has been planned to choose it
     def plan_of(size: int) -> StepPlan:
         return make_plan(
-            rows.lengths,
+            lengths,
             rows.row_starts,
             sources=[RowSource(*bounds) for bounds in rows.bounds],
             batch_size=config.train.batch_size,
@@ -92,7 +100,7 @@ def plan_passes(
     need = Need(model, dtype)
     size = config.train.micro_batch_tokens or before
     if size is None:
-        size = _same_on_all_ranks(_choose_size(need, plan_of, int(rows.lengths.max())))
+        size = _same_on_all_ranks(_choose_size(need, plan_of, int(lengths.max())))
     train = config.train.model_copy(update={"micro_batch_tokens": size})
     evaluation = config.eval.model_copy(update={"batch_tokens": config.eval.batch_tokens or size})
     config = config.model_copy(update={"train": train, "eval": evaluation})

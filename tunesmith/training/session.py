@@ -42,6 +42,7 @@ from tunesmith.training.checkpoints import Checkpoint
 from tunesmith.training.disk import checkpoint_bytes, refuse_small_disk, weights_bytes
 from tunesmith.training.environment import versions
 from tunesmith.training.manifest import seal
+from tunesmith.training.objectives import Objective
 from tunesmith.training.passes import plan_passes
 from tunesmith.training.progress import Progress, ProgressLine
 from tunesmith.training.ranks import wait_for_all
@@ -49,7 +50,7 @@ from tunesmith.training.run_folder import RunFolder, write_json
 from tunesmith.training.saving import Saver
 from tunesmith.training.startup import Startup
 from tunesmith.training.trackers import trackers
-from tunesmith.training.trainer import Objective, PackTrainer
+from tunesmith.training.trainer import PackTrainer
 
 # Of the answers whose ends are counted: tokens that each may have in any case, and rows looked at for each.
 _ENDLESS, _TO_CHOOSE_FROM = 64, 8

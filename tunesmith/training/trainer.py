@@ -32,7 +32,7 @@ from transformers.integrations import deactivate_neftune
 
 from tunesmith.data.loading import RowSet
 from tunesmith.data.report import SourceReport
-from tunesmith.data.rows import CachedRows, JoinedRows, StreamedRows
+from tunesmith.data.rows import AnswerRows, CachedRows, JoinedRows, StreamedRows
 from tunesmith.errors import CheckpointError
 from tunesmith.models.held import EVERYWHERE, Held
 from tunesmith.models.save import (
@@ -55,6 +55,7 @@ from tunesmith.training.checkpoints import (
     Checkpoint,
     random_state_file,
 )
+from tunesmith.training.objectives import Objective, Outcome, Pack, means, pairs_of
 from tunesmith.training.random_state import random_state, restore_random_state
 from tunesmith.training.ranks import wait_for_all
 from tunesmith.training.saving import Saver
@@ -72,10 +73,6 @@ from tunesmith.training.strategy import (
     sum_gradients_in_float32,
 )
 
-Pack = dict[str, Any]
-# (model, pack) -> sum over the pack's targets of weight * loss, a float32 scalar.
-Objective = Callable[[Any, Pack], Tensor]
-
 
 @dataclasses.dataclass
 class StepCounts:
@@ -88,6 +85,7 @@ class StepCounts:
     computed_tokens: int = 0  # what the model ran over: a prefix that rows share counts once a pass
     started_at: float = 0.0
     fault: str | None = None
+    figures: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)  # sum, and of how many
 
 
 class PackTrainer(Trainer):
@@ -157,7 +155,7 @@ class PackTrainer(Trainer):
         self._sampler: PlanSampler | None = None
         self._resume_step = 0
         self._step_packs: list[Pack] = []
-        self._step_losses: list[Tensor] = []
+        self._step_outcomes: list[Outcome] = []
         self._stream: dict[str, Any] | None = None  # where a stream can be taken up at this step
         self._loss_before = torch.zeros(())  # of the steps since the last logged line, without this one
         super().__init__(
@@ -225,7 +223,7 @@ class PackTrainer(Trainer):
         packs = [next(epoch_iterator) for _ in range(num_batches)]
         counts = torch.tensor(
             [
-                float(sum(pack["weights"].sum(dtype=torch.float64) for pack in packs)),
+                float(sum(pack["total"] for pack in packs)),
                 sum(len(pack["rows"]) for pack in packs),
                 sum(pack["num_tokens"] for pack in packs),
                 sum(pack["num_targets"] for pack in packs),
@@ -238,13 +236,14 @@ class PackTrainer(Trainer):
             counts = self.accelerator.reduce(counts, reduction="sum")
         rows, tokens, targets, computed = map(int, counts[1:])
         self.step_counts = StepCounts(rows, tokens, targets, computed, started_at)
-        self._step_packs, self._step_losses = packs, []
+        self._step_packs, self._step_outcomes = packs, []
         self._loss_before = self._tr_loss.clone()
         # Rows on disk were counted when they were prepared.
-        if not isinstance(self.train_rows.rows, CachedRows | JoinedRows):
+        if not isinstance(self.train_rows.rows, CachedRows | JoinedRows | AnswerRows):
             for row in (row for pack in packs for row in pack["rows"]):
                 self.rows_report.add(row)
                 self._stream = row.stream or self._stream
+        self.objective.begin(self.model, packs)
         return packs, counts[0].float()
 
     # --- loss
@@ -252,13 +251,13 @@ class PackTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Pack, return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Any:
-        """This pass's share of the step's loss: its sum over targets by the weight of the whole step.
+        """This pass's share of the step's loss: its sum by the total of the whole step.
 
         Times the number of ranks, since DDP and FSDP average gradients over them."""
-        total = self.objective(model, inputs)
+        loss, figures = self.objective(model, inputs)
         assert num_items_in_batch is not None
-        share = total / num_items_in_batch.clamp(min=torch.finfo(torch.float32).tiny) * self.args.world_size
-        self._step_losses.append(share.detach())
+        share = loss / num_items_in_batch.clamp(min=torch.finfo(torch.float32).tiny) * self.args.world_size
+        self._step_outcomes.append(Outcome(share.detach(), figures))
         if self.penalty is not None and model.training:
             penalty = self.penalty(self.accelerator.unwrap_model(model)) / len(self._step_packs)
             share = share + (penalty - penalty.detach())  # its gradient; what is told is the objective
@@ -266,6 +265,20 @@ class PackTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Pack) -> int:
         return 0  # MFU is told from models.cost; transformers' estimate counts frozen weights as trained
+
+    def _summed(self, outcomes: Sequence[Outcome]) -> tuple[float, dict[str, tuple[float, float]]]:
+        """Loss and figures of the outcomes of all ranks."""
+        names = list(outcomes[0].figures)
+        sums = torch.stack(
+            [
+                torch.stack([outcome.loss, *(part for name in names for part in outcome.figures[name])])
+                for outcome in outcomes
+            ]
+        ).sum(0)
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums, reduction="sum")
+        loss, *parts = sums.tolist()
+        return loss, dict(zip(names, pairs_of(parts), strict=True))
 
     # --- optimiser
 
@@ -307,10 +320,9 @@ class PackTrainer(Trainer):
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called once a step, when gradients are whole and weights untouched: the place to judge a step."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        step, total = self.state.global_step + 1, torch.stack(self._step_losses).sum()
-        if self.args.world_size > 1:  # every rank must come to the same judgement
-            total = self.accelerator.reduce(total, reduction="sum") / self.args.world_size
-        loss = float(total)
+        step, ranks = self.state.global_step + 1, self.args.world_size
+        total, self.step_counts.figures = self._summed(self._step_outcomes)
+        loss = total / ranks  # every rank must come to the same judgement
         # A GradScaler (float16) meets infinite gradients in its normal course, and skips such steps itself.
         judged_norm = None if norm is None or self.args.fp16 else float(norm)
         if step in self.guard.skipped:
@@ -352,15 +364,16 @@ class PackTrainer(Trainer):
     def _rows_of_step(self) -> list[dict[str, Any]]:
         """This rank's examples of the step, each with its own mean loss, without dropout: a run alone."""
         self.model.eval()
+        is_whole = isinstance(self.train_rows.rows, AnswerRows)
         examples = [
-            (number, row, example)
+            (number, row if is_whole else dataclasses.replace(row, examples=(example,)), example)
             for number, pack in enumerate(self._step_packs)
             for row in pack["rows"]
             for example in row.examples
         ]
         found = []
         for number, row, example in examples:
-            loss = self._loss_of([dataclasses.replace(row, examples=(example,))])
+            loss = self._loss_of([row])
             weights = example.token_weights()
             found.append(
                 {
@@ -384,7 +397,7 @@ class PackTrainer(Trainer):
         """Mean loss of rows in a pass of their own."""
         pack = self._prepare_inputs(self.collate(rows))
         with self.autocast():
-            return float(self.objective(self.model, pack) / pack["weights"].sum())
+            return float(self.objective(self.model, pack).loss) / max(pack["total"], 1e-30)
 
     # --- evaluation
 
@@ -392,7 +405,8 @@ class PackTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss per unit of target weight over `valid_rows`, in nats, whatever the size of passes; of
+        """Mean loss over `valid_rows` (of next tokens: per unit of target weight, in nats), whatever the size
+        of passes, and the means of the objective's figures; of
         texts also as perplexity and in bits per byte, which does not depend on how long tokens are."""
         assert self.valid_rows is not None
         started_at = time.perf_counter()
@@ -403,28 +417,32 @@ class PackTrainer(Trainer):
             passes = fill_passes(rows.lengths, self.valid_batch_tokens)
         # As many for each rank, since a model that is shared out is computed together: the last may be empty.
         passes += [[] for _ in range(-len(passes) % ranks)]
-        sums = torch.zeros(4, dtype=torch.float64)
+        found, names = [], []
         was_training = self.model.training
         self.model.eval()
+        with self.autocast():
+            self.objective.begin(self.model, (self._pack_of(items) for items in passes[rank::ranks]))
         for items in passes[rank::ranks]:
-            pack = self.collate([rows.rows[item] for item in items])
+            pack = self._pack_of(items)
             with self.autocast():
-                loss = self.objective(self.model, self._prepare_inputs(pack))
+                loss, figures = self.objective(self.model, self._prepare_inputs(pack))
+            names = list(figures)
             num_bytes = 0.0
             if self.token_bytes is not None:
                 num_bytes = float((self.token_bytes[pack["targets"]] * pack["weights"].double()).sum())
-            sums += torch.tensor(
-                [float(loss), float(pack["weights"].sum()), pack["num_targets"], num_bytes],
-                dtype=torch.float64,
-            )
+            parts = [float(part) for name in names for part in figures[name]]
+            found.append([float(loss), pack["total"], pack["num_targets"], num_bytes, *parts])
         self.model.train(was_training)
+        sums = torch.tensor(found, dtype=torch.float64).sum(0)
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
+        loss_sum, total, targets, num_bytes, *parts = sums.tolist()
         metrics = {
-            "eval_loss": float(sums[0] / sums[1]),
-            **self._of_texts(float(sums[0]), float(sums[1]), float(sums[3])),
+            "eval_loss": loss_sum / total,
+            **self._of_texts(loss_sum, total, num_bytes),
+            **means({f"eval_{name}": pair for name, pair in zip(names, pairs_of(parts), strict=True)}),
             "eval_rows": rows.num_rows,
-            "eval_target_tokens": int(sums[2]),
+            "eval_target_tokens": int(targets),
             "eval_s": time.perf_counter() - started_at,
         }
         self.log(dict(metrics))
@@ -432,6 +450,10 @@ class PackTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )  # changes control in place
         return metrics
+
+    def _pack_of(self, items: Sequence[int]) -> Pack:
+        assert self.valid_rows is not None
+        return self.collate([self.valid_rows.rows[item] for item in items])
 
     def _of_texts(self, nats: float, targets: float, num_bytes: float) -> dict[str, float]:
         """Perplexity, and bits per byte of the targets' text."""

@@ -1,0 +1,152 @@
+"""The objective of preference tuning: log-probabilities of answers from a pack, and what a loss makes of them.
+
+M targets of A answers, which are of N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tunesmith.config.preferences import PREFERENCES
+from tunesmith.config.schema import PreferConfig
+from tunesmith.losses.preference import Labelled, Pairs, loss_of
+from tunesmith.packing.answers import collate_answers_flat
+from tunesmith.training.objectives import Outcome, Pack, prediction_losses
+
+Figures = dict[str, tuple[Tensor, Tensor]]
+# (model) -> the reference model, while the context lasts.
+Reference = Callable[[Any], AbstractContextManager[Any]]
+
+
+def target_logps(model: Any, pack: Pack) -> Tensor:
+    """[M] log-probability of each target of each answer, float32. What several answers predict alike is
+    computed once."""
+    return -prediction_losses(model, pack)[pack["members"]]
+
+
+class PreferenceObjective:
+    """What `prefer.method` asks of each pass. `reference` is asked about packs that do not bring what the
+    reference model says of them; `move` takes a pack to the model's device; `reduce` sums a tensor over
+    all ranks."""
+
+    def __init__(
+        self,
+        settings: PreferConfig,
+        *,
+        reference: Reference | None,
+        move: Callable[[Pack], Pack],
+        reduce: Callable[[Tensor], Tensor],
+    ) -> None:
+        assert settings.method is not None
+        self._settings = settings
+        self._method = PREFERENCES[settings.method]
+        self._loss = loss_of(settings.method)
+        self._reference = reference
+        self._move = move
+        self._reduce = reduce
+        self._kl = torch.zeros(())
+
+    def begin(self, model: Any, packs: Iterable[Pack]) -> None:
+        """With labelled answers: the point that rewards are compared with, of all rows of the step whatever
+        its passes and ranks (`losses.kto.kl_estimate`)."""
+        if self._method.data != "labelled":
+            return
+        was_training = model.training
+        model.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        with torch.no_grad():
+            for pack in packs:
+                wrong = self._move(pack["mismatched"] or collate_answers_flat([]))
+                logps = target_logps(model, wrong)
+                ratios = _of_answers(logps - self._reference_logps(model, wrong), wrong)
+                sums += torch.tensor([float(ratios.sum()), len(ratios)], dtype=torch.float64)
+        model.train(was_training)
+        total, number = self._reduce(sums).tolist()
+        self._kl = torch.tensor(max(0.0, total / max(number, 1)), dtype=torch.float32)
+
+    def __call__(self, model: Any, pack: Pack) -> Outcome:
+        logps = target_logps(model, pack)
+        reference = self._reference_logps(model, pack) if self._method.needs_reference else None
+        loss, figures = (self._pairs if self._method.data == "pairs" else self._labelled)(
+            pack, _of_answers(logps, pack), None if reference is None else _of_answers(reference, pack)
+        )
+        if reference is not None:
+            # Of the data's tokens, as if the reference had written them: r - 1 - log r with r = p / p_ref, which is
+            # 0 where they agree, positive elsewhere, and with its own tokens has the mean KL(reference | model)
+            # (Schulman 2020, "Approximating KL divergence").
+            ratio = (logps - reference).detach()
+            figures["kl_of_tokens"] = ((ratio.expm1() - ratio).sum(), _number(ratio))
+        return Outcome(loss + 0 * logps.sum(), figures)
+
+    def _pairs(self, pack: Pack, logps: Tensor, reference: Tensor | None) -> tuple[Tensor, Figures]:
+        chosen, rejected = pack["sides"] == 0, pack["sides"] == 1
+        tokens = _of_answers(torch.ones_like(pack["shares"]), pack)
+        judged = self._loss(
+            Pairs(
+                logps[chosen],
+                logps[rejected],
+                None if reference is None else reference[chosen],
+                None if reference is None else reference[rejected],
+                tokens[chosen],
+                tokens[rejected],
+            ),
+            self._settings,
+        )
+        margins = judged.chosen_rewards - judged.rejected_rewards
+        logps = logps.detach()
+        return judged.losses.sum(), {
+            "reward_chosen": _mean(judged.chosen_rewards),
+            "reward_rejected": _mean(judged.rejected_rewards),
+            "reward_margin": _mean(margins),
+            "reward_accuracy": _mean((margins > 0).float()),
+            "logp_chosen": _mean(logps[chosen]),
+            "logp_rejected": _mean(logps[rejected]),
+            "logp_accuracy": _mean((logps[chosen] > logps[rejected]).float()),
+            "tokens_chosen": _mean(tokens[chosen]),
+            "tokens_rejected": _mean(tokens[rejected]),
+        }
+
+    def _labelled(self, pack: Pack, logps: Tensor, reference: Tensor | None) -> tuple[Tensor, Figures]:
+        assert reference is not None
+        is_desirable = pack["sides"] == 0
+        judged = self._loss(
+            Labelled(logps, reference, is_desirable, self._kl.to(logps.device)), self._settings
+        )
+        tokens, logps = _of_answers(torch.ones_like(pack["shares"]), pack), logps.detach()
+        figures = {"kl": _mean(self._kl.to(logps.device).expand(len(logps)))}
+        for name, some in (("desirable", is_desirable), ("undesirable", ~is_desirable)):
+            figures |= {
+                f"reward_{name}": _mean(judged.rewards[some]),
+                f"logp_{name}": _mean(logps[some]),
+                f"tokens_{name}": _mean(tokens[some]),
+            }
+        return judged.losses.sum(), figures
+
+    def _reference_logps(self, model: Any, pack: Pack) -> Tensor:
+        """[M] what the reference model says of each target."""
+        if pack["reference"] is not None:
+            found: Tensor = pack["reference"]
+            return found
+        if self._reference is None:
+            raise ValueError("rows whose reference log-probabilities are not known, and no reference model")
+        with torch.no_grad(), self._reference(model) as reference:
+            return target_logps(reference, pack)
+
+
+def _of_answers(values: Tensor, pack: Pack) -> Tensor:
+    """[A] sums over the targets of each answer of [M] values, times their weights."""
+    sums = values.new_zeros(len(pack["sides"]))
+    return sums.index_add(0, pack["answers"], values * pack["shares"])
+
+
+def _mean(values: Tensor) -> tuple[Tensor, Tensor]:
+    return values.sum(), _number(values)
+
+
+def _number(values: Tensor) -> Tensor:
+    return values.new_tensor(float(len(values)))
