@@ -316,14 +316,14 @@ class LossHead:
 
 def loss_head(model: Any) -> LossHead | None:
     """The fused head of a model, however often it is wrapped; None if it has none."""
-    for module in _inward(model):
+    for module in inward(model):
         head = vars(module).get("_tunesmith_loss_head")
         if head is not None:
             return head
     return None
 
 
-def _inward(model: Any) -> Iterator[Any]:
+def inward(model: Any) -> Iterator[Any]:
     """A model and what it wraps: PEFT's base model, the module of DDP and its kin."""
     inner: Any = model
     while inner is not None:
@@ -333,7 +333,7 @@ def _inward(model: Any) -> Iterator[Any]:
 
 
 def _fuse_head(model: Any, held: Held) -> None:
-    base: Any = list(_inward(model))[-1]
+    base: Any = list(inward(model))[-1]
     module = base.get_output_embeddings()
     if not isinstance(module, nn.Module) or linear_parts(module) is None:
         return
