@@ -16,7 +16,9 @@ from tunesmith.config.checks import check_consistency, resolve_defaults
 from tunesmith.config.methods import MethodName
 
 Role = Literal["system", "user", "assistant", "tool"]
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"]
+Format = Literal[
+    "auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "pairs", "labelled", "ranked"
+]
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**53)]  # beyond 2**53 JSON readers round
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -62,7 +64,7 @@ class RunConfig(Section):
     for a config that is no file."""
     output_dir: Text = "runs"
     """Folder that holds runs."""
-    recipe: Literal["sft", "pretrain"] | None = None
+    recipe: Literal["sft", "pretrain", "prefer"] | None = None
     """What is trained: answers of conversations (`sft`) or whole texts (`pretrain`). The verb says it; name
     it here for verbs that cannot, such as `preview`. Default `sft`. Some defaults depend on it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42

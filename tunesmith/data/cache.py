@@ -135,6 +135,8 @@ def _schema() -> Any:
             "num_targets": pa.int32(),
             "fingerprint": pa.uint64(),  # of input_ids and spans: equal examples have equal fingerprints
             "place": pa.string(),
+            "side": pa.int8(),  # of a preference row: 0 chosen or desirable, 1 rejected or undesirable
+            "margin": pa.float32(),  # of the pair
         }
     )
 
@@ -288,6 +290,8 @@ def prepare_chunk(preparer: Preparer, empty: SourceReport, chunk: Chunk) -> tupl
             columns["num_targets"].append(example.num_targets)
             columns["fingerprint"].append(fingerprint(example))
             columns["place"].append(outcome.place)
+            columns["side"].append(example.side)
+            columns["margin"].append(example.margin)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, _schema()) as stream:
         if columns["row"]:
@@ -322,6 +326,8 @@ def read_example(row: dict[str, Any]) -> Example:
         np.asarray(row["input_ids"], dtype=np.int32),
         np.asarray(row["spans"], dtype=np.int32).reshape(-1, 2),
         np.asarray(row["span_weights"], dtype=np.float32),
+        side=int(row["side"]),
+        margin=float(row["margin"]),
     )
 
 

@@ -25,7 +25,7 @@ from tunesmith.data import cache
 from tunesmith.data.blocks import blocks_of_sources
 from tunesmith.data.cache import Progress
 from tunesmith.data.decode import decode
-from tunesmith.data.formats import detect_format
+from tunesmith.data.formats import PREFERENCE_FORMATS, detect_format, fitting_format
 from tunesmith.data.prepare import PrepareOptions, Preparer
 from tunesmith.data.records import BadRow, RawRow
 from tunesmith.data.report import SourceReport
@@ -216,11 +216,13 @@ def open_source(
         return iter_rows(source, max_row_bytes=limit)
 
     name = source.format if source.format != "auto" else config.data.format
-    is_corpus = config.run.recipe == "pretrain"
+    recipe = config.run.recipe
     if name == "auto":
-        name = _detect(rows, source.path, columns, wants_text=is_corpus)
+        name = _detect(rows, source.path, columns, recipe)
         say(f"{source.path}: format {name}, found from its first rows")
-    if is_corpus and name != "text":
+    if (recipe == "prefer") != (name in PREFERENCE_FORMATS):
+        raise DataError(_other_verb(source.path, name, recipe))
+    if recipe == "pretrain" and name != "text":
         raise DataError(
             f"{source.path}: its rows are {name}, and `tunesmith pretrain` trains on raw text. Name the "
             "column that holds it, such as columns: {content: text}, or tune with `tunesmith sft`."
@@ -243,9 +245,9 @@ def _fingerprint(source: SourceConfig) -> str:
 
 
 def _detect(
-    rows: Callable[[], Iterator[RawRow]], path: str, columns: dict[str, str], *, wants_text: bool
+    rows: Callable[[], Iterator[RawRow]], path: str, columns: dict[str, str], recipe: str | None
 ) -> Format:
-    """The format that the first rows fit; with `wants_text` it is text wherever one of them has some."""
+    """The format that the first rows fit; for pretraining it is text wherever one of them has some."""
     sample, problems = [], []
     for row in islice(rows(), _SAMPLE_ROWS):
         try:
@@ -257,9 +259,30 @@ def _detect(
     if not sample:
         found = "\n".join(problems[:20]) if problems else f"{path}: there is no row in it."
         raise DataError(found)
-    if wants_text and any("text" in row for row in sample):
+    if recipe == "pretrain" and any("text" in row for row in sample):
         return "text"
-    return detect_format(sample, path)
+    judged, plain = (fitting_format(sample, of_preferences=judged) for judged in (True, False))
+    if recipe == "prefer":
+        return judged or plain or detect_format(sample, path, of_preferences=True)
+    # A column called `label` may mean anything; beside turns, true and false mean thumbs up and down.
+    if judged == "labelled" and not all(isinstance(row.get("label"), bool) for row in sample):
+        judged = None
+    return judged or detect_format(sample, path)
+
+
+def _other_verb(path: str, name: str, recipe: str | None) -> str:
+    """Why rows of this format are no rows for this recipe, and what takes them."""
+    if recipe == "prefer":
+        return (
+            f"{path}: its rows are {name}, and `tunesmith prefer` learns from answers that were judged: "
+            "chosen and rejected, a label, or a ranking (pairs, labelled, ranked; docs/data.md has a row of "
+            "each). Train on these rows with `tunesmith sft`, or name the columns with columns: {...}."
+        )
+    return (
+        f"{path}: its rows are {name}, answers that were judged, and `tunesmith {recipe}` would learn the "
+        "bad ones as the good ones. Train on them with `tunesmith prefer`, or say which of their columns to "
+        "learn as they are by naming the format, such as format: messages."
+    )
 
 
 def _workers(config: Config, source: SourceConfig) -> int:
@@ -326,9 +349,7 @@ def _load_cached(
         datasets.append(prepared.dataset)
         reports.append(prepared.report)
         row_of = CachedRows(prepared.dataset).column("row")
-        ends = (
-            np.flatnonzero(np.append(np.diff(row_of), 1)) + 1 if len(row_of) else np.empty(0, dtype=np.int64)
-        )
+        ends = _row_ends(row_of, CachedRows(prepared.dataset).column("side"))
         starts.append(num_examples + ends)
         bounds.append((num_rows, num_rows + len(ends), source.weight))
         num_rows += len(ends)
@@ -336,6 +357,13 @@ def _load_cached(
     together = CachedRows(concatenate_datasets(datasets))
     lengths = together.column("length").astype(np.int32)
     return RowSet(together, lengths, np.concatenate(starts), bounds, reports)
+
+
+def _row_ends(row_of: NDArray[np.int64], side_of: NDArray[np.int8]) -> NDArray[np.int64]:
+    """Behind the last example of each row: where the next is of another row of the file, or of the next pair
+    of a ranked row, whose examples lie chosen, rejected, chosen, rejected."""
+    is_last = (np.diff(row_of) != 0) | (np.diff(side_of) < 0)
+    return np.flatnonzero(np.append(is_last, len(row_of) > 0)) + 1
 
 
 def _split(rows: RowSet, fraction: float, seed: int) -> tuple[RowSet, RowSet]:

@@ -7,7 +7,7 @@ cached, lazy and streaming loading give the same examples.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from tunesmith.data.blocks import split_lengths
 from tunesmith.data.decode import decode
 from tunesmith.data.encoding import Encoder, StandIns, token_spans, unshield
-from tunesmith.data.formats import read_record
+from tunesmith.data.formats import PREFERENCE_FORMATS, read_record
+from tunesmith.data.preferences import read_answers
 from tunesmith.data.records import BadRow, Example, RawRow, Record
 from tunesmith.data.templates import REFUSALS, Rendered, TrainOn, render_record
 from tunesmith.errors import TemplateError
@@ -45,7 +46,8 @@ class PrepareOptions:
 @dataclass(frozen=True, slots=True)
 class PreparedRow:
     """What became of one row: its examples, or why it has none. `too_long` holds (tokens, targets) of each
-    example that `too_long: drop` left out. `text_bytes`: of raw text, as UTF-8. `stream` says where a stream
+    example that `too_long: drop` left out, `pairs_left_out` why each pair was that is. `text_bytes`: of raw
+    text, as UTF-8. `stream` says where a stream
     can be taken up to get at this row (rows.py). `counts` is there for a block of a stream, whose examples
     are of many rows: the account of those that were not counted with an earlier block. `reference`: the
     log-probability that a reference model gives each target of the examples in turn, NaN where it was not
@@ -55,6 +57,7 @@ class PreparedRow:
     examples: tuple[Example, ...] = ()
     problem: BadRow | None = None
     too_long: tuple[tuple[int, int], ...] = ()
+    pairs_left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     text_bytes: int = 0
     stream: dict[str, Any] | None = None
@@ -81,8 +84,8 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class _Draft:
-    """A row before tokenisation. `rendered` are its texts with their spans, `texts` the same as the encoder
-    takes them."""
+    """A record before tokenisation. `rendered` are its texts with their spans, `texts` the same as the
+    encoder takes them."""
 
     record: Record
     rendered: tuple[Rendered, ...]
@@ -104,6 +107,7 @@ class Preparer:
         self.encoder = Encoder(tokenizer)
         self._before_text, self._after_text = text_frame(tokenizer)
         self._num_compared = 0
+        self._judges_answers = options.format in PREFERENCE_FORMATS
 
     def prepare(self, rows: Sequence[RawRow]) -> list[PreparedRow]:
         """The outcome of each row, in order. The first rows' ids are compared with `apply_chat_template`'s.
@@ -111,30 +115,45 @@ class Preparer:
         Raises TemplateError if the template or tokenizer makes exact targets impossible for any row."""
         if self.options.format == "text":
             return self._prepare_texts(rows)
-        drafts: list[_Draft | BadRow] = []
+        drafts_of_rows: list[tuple[_Draft, ...] | BadRow] = []
         for row in rows:
             try:
-                drafts.append(self._draft(row))
+                drafts_of_rows.append(self._drafts(row))
             except BadRow as problem:
-                drafts.append(problem)
-        texts = [text for draft in drafts if isinstance(draft, _Draft) for text in draft.texts]
+                drafts_of_rows.append(problem)
+        texts = [
+            text
+            for drafts in drafts_of_rows
+            if not isinstance(drafts, BadRow)
+            for draft in drafts
+            for text in draft.texts
+        ]
         encoded = iter(self.encoder.encode(texts))
         outcomes = []
-        for row, draft in zip(rows, drafts, strict=True):
-            if isinstance(draft, BadRow):
-                outcomes.append(PreparedRow(row.place, problem=draft))
+        for row, drafts in zip(rows, drafts_of_rows, strict=True):
+            if isinstance(drafts, BadRow):
+                outcomes.append(PreparedRow(row.place, problem=drafts))
                 continue
-            examples = []
-            for rendered in draft.rendered:
-                ids, offsets = next(encoded)
-                if draft.record.is_chat:
-                    self._check_bos(row.place, ids)
-                    if self._num_compared < _COMPARED_TEXTS and not draft.has_control_text:
-                        self._num_compared += 1
-                        self._check_parity(row.place, draft.record, rendered, ids)
-                examples.append(self._example(draft.record, rendered, ids, offsets))
-            outcomes.append(self._fit(row.place, examples, draft.notes, is_chat=draft.record.is_chat))
+            answers = [self._examples_of(row.place, draft, encoded) for draft in drafts]
+            notes = tuple(note for draft in drafts for note in draft.notes)
+            is_chat = any(draft.record.is_chat for draft in drafts)
+            outcomes.append(self._fit(row.place, answers, notes, is_chat=is_chat))
         return outcomes
+
+    def _examples_of(
+        self, place: str, draft: _Draft, encoded: Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]
+    ) -> list[Example]:
+        """The examples of a draft whose texts are the next that were encoded."""
+        examples = []
+        for rendered in draft.rendered:
+            ids, offsets = next(encoded)
+            if draft.record.is_chat:
+                self._check_bos(place, ids)
+                if self._num_compared < _COMPARED_TEXTS and not draft.has_control_text:
+                    self._num_compared += 1
+                    self._check_parity(place, draft.record, rendered, ids)
+            examples.append(self._example(draft.record, rendered, ids, offsets))
+        return examples
 
     def _prepare_texts(self, rows: Sequence[RawRow]) -> list[PreparedRow]:
         """The same for documents, of which every token is a target: no offsets are needed to find them."""
@@ -159,7 +178,7 @@ class Preparer:
                 np.asarray(spans, dtype=np.int32).reshape(-1, 2),
                 np.ones(len(spans), dtype=np.float32),
             )
-            outcome = self._fit(row.place, [example], (), is_chat=False)
+            outcome = self._fit(row.place, [[example]], (), is_chat=False)
             outcomes.append(replace(outcome, text_bytes=len(text.encode())))
         return outcomes
 
@@ -167,7 +186,9 @@ class Preparer:
         """The texts of one row, in the order `prepare` makes examples of them; nothing is cut or dropped.
 
         Raises BadRow and TemplateError as rendering does."""
-        draft = self._draft(row)
+        return [trace for draft in self._drafts(row) for trace in self._traces(draft)]
+
+    def _traces(self, draft: _Draft) -> list[Trace]:
         traces = []
         for rendered, (ids, offsets) in zip(draft.rendered, self.encoder.encode(draft.texts), strict=True):
             example = self._example(draft.record, rendered, ids, offsets)
@@ -205,10 +226,16 @@ class Preparer:
 
     # --- rendering
 
-    def _draft(self, row: RawRow) -> _Draft:
-        record, notes = read_record(decode(row), self.options.format, self.options.columns)
+    def _drafts(self, row: RawRow) -> tuple[_Draft, ...]:
+        """One, or one for each answer of a preference row."""
+        values, format, columns = decode(row), self.options.format, self.options.columns
+        if self._judges_answers:
+            records, notes = read_answers(values, format, columns)
+        else:
+            record, notes = read_record(values, format, columns)
+            records = (record,)
         try:
-            return self._draft_of(record, notes)
+            return tuple(self._draft_of(record, notes) for record in records)
         except TemplateError as error:
             raise TemplateError(f"{row.place}: {error}") from error
 
@@ -291,7 +318,7 @@ class Preparer:
             ids = np.concatenate([self._before_text, ids, self._after_text]).astype(np.int32)
             spans += len(self._before_text)
             spans[-1:, 1] += len(self._after_text)
-        return Example(ids, spans, weights, notes=rendered.notes)
+        return Example(ids, spans, weights, notes=rendered.notes, side=record.side, margin=record.margin)
 
     # --- audit
 
@@ -330,9 +357,11 @@ class Preparer:
     # --- length
 
     def _fit(
-        self, place: str, examples: list[Example], notes: tuple[str, ...], *, is_chat: bool
+        self, place: str, answers: list[list[Example]], notes: tuple[str, ...], *, is_chat: bool
     ) -> PreparedRow:
-        """Apply `too_long`, and refuse a row with an example that has no target."""
+        """Apply `too_long`, leave out pairs that say nothing, and refuse a row with an example that has no
+        target. `answers` are the examples of each record."""
+        examples = [example for answer in answers for example in answer]
         if not all(example.num_targets for example in examples):
             what = (
                 "no token of the answers has a weight"
@@ -340,34 +369,74 @@ class Preparer:
                 else "the text is a single token: nothing precedes it"
             )
             return PreparedRow(place, problem=BadRow("no_target", what), notes=notes)
-        kept, too_long, limit = [], [], self.options.max_length
-        for example in examples:
-            length = len(example.input_ids)
-            if length <= limit:
-                kept.append(example)
-            elif self.options.too_long == "split":
-                kept += _split(example, limit)
-            elif self.options.too_long == "error":
-                problem = BadRow("too_long", f"{length} tokens, over data.max_length={limit}")
-                return PreparedRow(place, problem=problem, notes=notes)
-            elif self.options.too_long == "truncate" and (cut := _truncate(example, limit)).num_targets:
-                kept.append(cut)
-            else:
-                too_long.append((length, example.num_targets))
+        limit = self.options.max_length
+        longest = max((len(example.input_ids) for example in examples), default=0)
+        if self.options.too_long == "error" and longest > limit:
+            problem = BadRow("too_long", f"{longest} tokens, over data.max_length={limit}")
+            return PreparedRow(place, problem=problem, notes=notes)
+        kept: list[Example] = []
+        too_long: list[tuple[int, int]] = []
+        left_out: list[str] = []
+        for group in self._kept_together(answers):
+            fitted = [[self._cut(example) for example in answer] for answer in group]
+            is_pair = len(group) == 2
+            reason = ""
+            if is_pair and _are_equal(*group):
+                reason = "identical_answers"
+            elif not all(pieces for answer in fitted for pieces in answer):
+                reason = "too_long"
+            elif is_pair and _are_equal(*([piece for [piece] in answer] for answer in fitted)):
+                reason = "same_after_cut"
+            if reason and is_pair:
+                left_out.append(reason)
+            if not reason:
+                kept += [piece for answer in fitted for pieces in answer for piece in pieces]
+            elif reason != "identical_answers":
+                too_long += [(len(e.input_ids), e.num_targets) for answer in group for e in answer]
         notes += tuple(note for example in examples for note in example.notes)
-        return PreparedRow(place, tuple(kept), too_long=tuple(too_long), notes=notes)
+        return PreparedRow(
+            place, tuple(kept), too_long=tuple(too_long), pairs_left_out=tuple(left_out), notes=notes
+        )
+
+    def _kept_together(self, answers: list[list[Example]]) -> list[list[list[Example]]]:
+        """What is trained as a whole or not at all: each example by itself or, of a preference row, the
+        examples of both answers of a pair or of the one answer."""
+        if not self._judges_answers:
+            return [[[example]] for answer in answers for example in answer]
+        size = 1 if self.options.format == "labelled" else 2
+        return [answers[i : i + size] for i in range(0, len(answers), size)]
+
+    def _cut(self, example: Example) -> list[Example]:
+        """The example as `too_long` would have it: cut, in pieces, or nothing."""
+        limit = self.options.max_length
+        if len(example.input_ids) <= limit:
+            return [example]
+        if self.options.too_long == "split":
+            return _split(example, limit)
+        if self.options.too_long == "truncate" and (cut := _truncate(example, limit)).num_targets:
+            return [cut]
+        return []
+
+
+def _are_equal(chosen: list[Example], rejected: list[Example]) -> bool:
+    """Whether two answers, with their prompt, are the same tokens."""
+    return len(chosen) == len(rejected) and all(
+        np.array_equal(a.input_ids, b.input_ids) for a, b in zip(chosen, rejected, strict=True)
+    )
 
 
 def _truncate(example: Example, limit: int) -> Example:
     """The first `limit` tokens; no end token is invented, so the model is not taught to stop at the cut."""
     spans = np.minimum(example.spans, limit)
     keep = spans[:, 0] < spans[:, 1]
-    cut = Example(example.input_ids[:limit], spans[keep], example.span_weights[keep], notes=example.notes)
-    return replace(
-        cut,
+    cut = replace(
+        example,
+        input_ids=example.input_ids[:limit],
+        spans=spans[keep],
+        span_weights=example.span_weights[keep],
         num_cut_tokens=len(example.input_ids) - limit,
-        num_cut_targets=example.num_targets - cut.num_targets,
     )
+    return replace(cut, num_cut_targets=example.num_targets - cut.num_targets)
 
 
 def _split(example: Example, limit: int) -> list[Example]:

@@ -46,13 +46,19 @@ class Record:
     Conversation: `messages` are what the chat template is given (role, content, and where present tool_calls,
     reasoning_content, name, tool_call_id); `weights[i]` is the loss weight the row itself asks for on message
     i (0 for `"train": false`), or None where `data.train_on` decides. Raw text: `prompt` is never trained and
-    `completion` always is; no template is used."""
+    `completion` always is; no template is used.
+
+    Of a preference row one record is one answer: `side` is 0 for the chosen or desirable one, 1 for the
+    rejected or undesirable one; `margin` is by how much the chosen one of the pair is better, by the
+    row."""
 
     messages: tuple[dict[str, Any], ...] = ()
     weights: tuple[float | None, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     prompt: str = ""
     completion: str = ""
+    side: int = 0
+    margin: float = 0.0
 
     @property
     def is_chat(self) -> bool:
@@ -63,7 +69,7 @@ class Record:
 class Example:
     """Tokens and targets. `input_ids` [T] int32; `spans` [N, 2] int32 are token ranges that carry loss and
     `span_weights` [N] float32 their weights. A target at position 0 has no left context and is never a
-    target."""
+    target. `side` and `margin` as in Record."""
 
     input_ids: NDArray[np.int32]
     spans: NDArray[np.int32]
@@ -71,8 +77,8 @@ class Example:
     num_cut_tokens: int = 0
     num_cut_targets: int = 0
     notes: tuple[str, ...] = field(default=())
-    side: int = 0  # of a preference: 0 chosen or desirable, 1 rejected or undesirable
-    margin: float = 0.0  # of a pair: by how much the chosen answer was judged better
+    side: int = 0
+    margin: float = 0.0
 
     def token_weights(self) -> NDArray[np.float32]:
         """[T] float32: the loss weight of each token as a target, 0 where it is not one."""
