@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tunesmith.artifacts.merge import merge
+    from tunesmith.recipes.prefer import prefer
     from tunesmith.recipes.pretrain import pretrain
     from tunesmith.recipes.sft import sft
     from tunesmith.recipes.train import RunResult
 
-__all__ = ["RunResult", "__version__", "merge", "pretrain", "sft"]
+__all__ = ["RunResult", "__version__", "merge", "prefer", "pretrain", "sft"]
 __version__ = version("tunesmith")
 _PLACES = {
     "sft": "recipes.sft",
+    "prefer": "recipes.prefer",
     "pretrain": "recipes.pretrain",
     "RunResult": "recipes.train",
     "merge": "artifacts.merge",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tunesmith.inference.generate import Manner
 
 # Those that `launch` starts.
-_TRAINING_VERBS = ("sft", "pretrain")
+_TRAINING_VERBS = ("sft", "pretrain", "prefer")
 
 _MODEL = "run folder, adapter folder, model folder or hub id"
 _FORMATS = ("auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text")
@@ -132,7 +132,14 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         "pretrain", parents=[common], help="pretraining on text", description="Pretraining on text."
     )
     pretrain.set_defaults(run=_train)
-    for recipe in (sft, pretrain):
+    prefer = verbs.add_parser(
+        "prefer",
+        parents=[common],
+        help="preference tuning on answers that were judged",
+        description="Preference tuning on pairs of answers, or on answers with a label.",
+    )
+    prefer.set_defaults(run=_train)
+    for recipe in (sft, pretrain, prefer):
         _add_config(recipe)
         recipe.add_argument(
             "--profile-startup",

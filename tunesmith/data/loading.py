@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tunesmith.config import Config, SourceConfig
+from tunesmith.config.preferences import PREFERENCES
 from tunesmith.config.schema import Format
 from tunesmith.data import cache
 from tunesmith.data.blocks import blocks_of_sources
@@ -29,7 +30,7 @@ from tunesmith.data.formats import PREFERENCE_FORMATS, detect_format, fitting_fo
 from tunesmith.data.prepare import PrepareOptions, Preparer
 from tunesmith.data.records import BadRow, RawRow
 from tunesmith.data.report import SourceReport
-from tunesmith.data.rows import BlockMaker, CachedRows, JoinedRows, LazyRows, Rows, StreamedRows
+from tunesmith.data.rows import AnswerRows, BlockMaker, CachedRows, JoinedRows, LazyRows, Rows, StreamedRows
 from tunesmith.data.sources import fingerprint_files, is_hub_id, iter_rows, iter_rows_from, resolve_files
 from tunesmith.errors import DataError
 
@@ -152,7 +153,42 @@ def load_data(
         data.duplicates = len(seen) - len(np.unique(seen))
         if data.valid is not None and isinstance(data.valid.rows, CachedRows):
             data.overlap = int(np.isin(data.valid.rows.fingerprints(), seen).sum())
+    if config.run.recipe == "prefer":
+        return _in_answers(data, config)
     return _in_blocks(data, config) if config.run.recipe == "pretrain" else data
+
+
+# --- answers that are judged
+
+
+def _in_answers(data: Data, config: Config) -> Data:
+    """The same for preference tuning, where a row stays whole."""
+    valid = None if data.valid is None else _whole_rows(data.valid, config)
+    return replace(data, train=_whole_rows(data.train, config), valid=valid)
+
+
+def _whole_rows(rows: RowSet, config: Config) -> RowSet:
+    assert isinstance(rows.rows, CachedRows)
+    assert config.prefer.method is not None
+    wants = PREFERENCES[config.prefer.method].data
+    for report in rows.reports:
+        if (report.format == "labelled") != (wants == "labelled"):
+            raise DataError(_other_method(report.path, report.format, config.prefer.method))
+    answers = AnswerRows(rows.rows, rows.row_starts, mismatched=wants == "labelled")
+    tokens = np.add.reduceat(rows.lengths, rows.row_starts[:-1]).astype(np.int32)
+    return replace(rows, rows=answers, lengths=tokens, row_starts=np.arange(rows.num_rows + 1))
+
+
+def _other_method(path: str, name: str, method: str) -> str:
+    if name == "labelled":
+        return (
+            f"{path}: its rows are answers with a label, and prefer.method {method} learns from pairs of answers. "
+            "Set prefer.method to kto."
+        )
+    return (
+        f"{path}: its rows are pairs of answers ({name}), and prefer.method {method} learns from single answers "
+        "with a label. Set prefer.method to dpo, or give each answer a row with a label."
+    )
 
 
 # --- blocks

@@ -3,6 +3,7 @@ which rows, how they become examples, and what is trained."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,9 +15,12 @@ from tunesmith.config import Config
 from tunesmith.data.loading import load_data
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.models.adapt import build_model
+from tunesmith.models.devices import default_device
 from tunesmith.training.environment import inputs
-from tunesmith.training.objectives import NextToken
+from tunesmith.training.objectives import NextToken, Objective
+from tunesmith.training.preference import PreferenceObjective
 from tunesmith.training.progress import Progress
+from tunesmith.training.reference import adapter_off
 from tunesmith.training.run_folder import RunFolder
 from tunesmith.training.session import Session
 from tunesmith.training.startup import Startup
@@ -54,7 +58,7 @@ def train(config: Config, startup: Startup | None) -> RunResult:
         model = build_model(config, tokenizer, progress.say, held=held)
         startup.mark("model load, adapter, fuse")
         card = partial(model_card, config, data, model)
-        objective = NextToken(config.train.label_smoothing, config.train.z_loss)
+        objective = _objective(config, tokenizer)
         session = Session(
             config,
             run,
@@ -71,9 +75,22 @@ def train(config: Config, startup: Startup | None) -> RunResult:
             report = StartupReport(startup, progress.console, run.path / "startup.json")
             session.trainer.add_callback(report)
         session.begin(start)
+        session.ask_reference(start)
         session.measure_untouched(start)
         session.train(start)
         session.measure_tuned()
         summary = finish_run(session)
         session.end()
     return RunResult(run.path, run.final, run.best if run.best.is_dir() else None, summary)
+
+
+def _objective(config: Config, tokenizer: Any) -> Objective:
+    """What each pass is asked to lower."""
+    if config.run.recipe != "prefer":
+        return NextToken(config.train.label_smoothing, config.train.z_loss)
+    if config.prefer.reference != "live":
+        return PreferenceObjective(config.prefer)
+    if config.adapter.method != "none":
+        return PreferenceObjective(config.prefer, adapter_off)
+    frozen = build_model(config, tokenizer, lambda _: None).requires_grad_(False).eval().to(default_device())
+    return PreferenceObjective(config.prefer, lambda _: nullcontext(frozen))

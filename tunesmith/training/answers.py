@@ -37,7 +37,8 @@ def questions(
     stop_ids: Sequence[int],
     max_answer_tokens: int = sys.maxsize,
 ) -> list[Question]:
-    """Up to `limit` rows that end with an answer, of at most so many tokens, in file order. `stop_ids` end a
+    """Up to `limit` rows that end with an answer (of a pair: the chosen one), of at most so many tokens, in
+    file order. `stop_ids` end a
     message. Not all rows are looked at: they may be millions, and tokenised when looked at."""
     found: list[Question] = []
     for row in range(min(rows.num_rows, _LOOKED_AT * limit)):
@@ -48,6 +49,7 @@ def questions(
             (outcome.place, example)
             for outcome in map(rows.rows.__getitem__, items)
             for example in outcome.examples
+            if example.side == 0
         ]
         if not examples or not len(examples[-1][1].spans):
             continue

@@ -3,7 +3,7 @@ or rows out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -36,8 +36,9 @@ def means(figures: Mapping[str, tuple[float, float]]) -> dict[str, float]:
 class Objective(Protocol):
     """What the trainer asks of each pass. Every rank names the same figures, in the same order."""
 
-    def begin(self, model: Any, packs: Iterable[Pack]) -> None:
-        """Look at all packs of a step (or of an evaluation), as they are before they go to the device."""
+    def begin(self, model: Any, packs: Iterable[Pack], over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Look at all packs of this rank's step (or evaluation) before they are asked about one by one.
+        `over_ranks` sums a tensor over all ranks."""
 
     def __call__(self, model: Any, pack: Pack) -> Outcome: ...
 
@@ -49,7 +50,7 @@ class NextToken:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
-    def begin(self, model: Any, packs: Iterable[Pack]) -> None:
+    def begin(self, model: Any, packs: Iterable[Pack], over_ranks: Callable[[Tensor], Tensor]) -> None:
         """A pass needs to know of no other."""
 
     def __call__(self, model: Any, pack: Pack) -> Outcome:

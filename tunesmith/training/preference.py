@@ -31,27 +31,17 @@ def target_logps(model: Any, pack: Pack) -> Tensor:
 
 class PreferenceObjective:
     """What `prefer.method` asks of each pass. `reference` is asked about packs that do not bring what the
-    reference model says of them; `move` takes a pack to the model's device; `reduce` sums a tensor over
-    all ranks."""
+    reference model says of them."""
 
-    def __init__(
-        self,
-        settings: PreferConfig,
-        *,
-        reference: Reference | None,
-        move: Callable[[Pack], Pack],
-        reduce: Callable[[Tensor], Tensor],
-    ) -> None:
+    def __init__(self, settings: PreferConfig, reference: Reference | None = None) -> None:
         assert settings.method is not None
         self._settings = settings
         self._method = PREFERENCES[settings.method]
         self._loss = loss_of(settings.method)
         self._reference = reference
-        self._move = move
-        self._reduce = reduce
         self._kl = torch.zeros(())
 
-    def begin(self, model: Any, packs: Iterable[Pack]) -> None:
+    def begin(self, model: Any, packs: Iterable[Pack], over_ranks: Callable[[Tensor], Tensor]) -> None:
         """With labelled answers: the point that rewards are compared with, of all rows of the step whatever
         its passes and ranks (`losses.kto.kl_estimate`)."""
         if self._method.data != "labelled":
@@ -61,17 +51,17 @@ class PreferenceObjective:
         sums = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
             for pack in packs:
-                wrong = self._move(pack["mismatched"] or collate_answers_flat([]))
+                wrong = pack["mismatched"] or collate_answers_flat([])
                 logps = target_logps(model, wrong)
                 ratios = _of_answers(logps - self._reference_logps(model, wrong), wrong)
                 sums += torch.tensor([float(ratios.sum()), len(ratios)], dtype=torch.float64)
         model.train(was_training)
-        total, number = self._reduce(sums).tolist()
+        total, number = over_ranks(sums).tolist()
         self._kl = torch.tensor(max(0.0, total / max(number, 1)), dtype=torch.float32)
 
     def __call__(self, model: Any, pack: Pack) -> Outcome:
-        logps = target_logps(model, pack)
         reference = self._reference_logps(model, pack) if self._method.needs_reference else None
+        logps = target_logps(model, pack)
         loss, figures = (self._pairs if self._method.data == "pairs" else self._labelled)(
             pack, _of_answers(logps, pack), None if reference is None else _of_answers(reference, pack)
         )

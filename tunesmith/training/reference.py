@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock
 from numpy.typing import NDArray
@@ -37,11 +36,15 @@ Say = Callable[[str], None]
 Float32s = NDArray[np.float32]
 # (rows of a pass) -> what the model says of each of their targets.
 Ask = Callable[[Sequence[PreparedRow]], Float32s]
-# Methods whose adapter is nothing when training begins, and is switched off without a trace. The others say what
-# they do to the base: it is another reference for each of their settings.
+# What these begin with is not the base with something beside it that is nothing yet.
 _CHANGE_THE_BASE = ("pissa", "olora", "loftq")
 _ROUNDS = 16  # passes of each rank between two writes
 _TELL_S = 10.0
+
+
+def can_be_switched_off(config: Config) -> bool:
+    """Whether the model without its adapter is the one that training began with, at any time."""
+    return config.adapter.method not in ("none", "bottleneck", *_CHANGE_THE_BASE)
 
 
 @contextmanager
@@ -164,6 +167,3 @@ def _open(file: Path, size: int) -> np.memmap[Any, np.dtype[np.float32]]:
     return np.memmap(file, dtype=np.float32, mode="r+", shape=(size,))
 
 
-def as_numpy(logps: torch.Tensor) -> Float32s:
-    found: Float32s = logps.float().cpu().numpy()
-    return found

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PrinterCallback, TrainerCallback
 
 from tunesmith.config import Config
 from tunesmith.data.encoding import Encoder
-from tunesmith.data.loading import Data
+from tunesmith.data.loading import Data, cache_dir
 from tunesmith.data.prepare import text_frame
+from tunesmith.data.rows import AnswerRows
 from tunesmith.data.token_bytes import token_bytes
 from tunesmith.errors import CheckpointError, Interrupted
 from tunesmith.models.adalora import has_budget, orthogonality, plan_budget
@@ -24,6 +27,7 @@ from tunesmith.models.cost import enable_gradient_checkpointing, size_lines, tra
 from tunesmith.models.devices import compute_dtype, matmul_flops_per_second
 from tunesmith.models.held import EVERYWHERE, Held
 from tunesmith.models.save import artifact_weights, write_artifact
+from tunesmith.packing.answers import collate_answers_flat, collate_answers_tree
 from tunesmith.packing.collate import collate_flat, collate_tree
 from tunesmith.training import durable_files
 from tunesmith.training.answers import Question, Written, answer, continuations, questions, stop_ids
@@ -42,10 +46,12 @@ from tunesmith.training.checkpoints import Checkpoint
 from tunesmith.training.disk import checkpoint_bytes, refuse_small_disk, weights_bytes
 from tunesmith.training.environment import versions
 from tunesmith.training.manifest import seal
-from tunesmith.training.objectives import Objective
+from tunesmith.training.objectives import Objective, Pack
 from tunesmith.training.passes import plan_passes
 from tunesmith.training.progress import Progress, ProgressLine
 from tunesmith.training.ranks import wait_for_all
+from tunesmith.training.preference import target_logps
+from tunesmith.training.reference import adapter_off, ask_reference, can_be_switched_off, drawn_rows, reference_key
 from tunesmith.training.run_folder import RunFolder, write_json
 from tunesmith.training.saving import Saver
 from tunesmith.training.startup import Startup
@@ -87,7 +93,7 @@ class Session:
         )
         startup.mark("packing probe, plan")
         self.config = config = passes.config
-        self.plan = passes.plan
+        self.plan, self._packing = passes.plan, passes.packing
         if passes.recomputes:
             enable_gradient_checkpointing(model)
         arguments = training_arguments(config, self.plan, run.path, dtype=self.dtype)
@@ -111,7 +117,7 @@ class Session:
             model=model,
             args=arguments,
             objective=objective,
-            collate=collate_tree if passes.packing == "tree" else collate_flat,
+            collate=self._collate(),
             decode=tokenizer.decode,
             plan=self.plan,
             train_rows=data.train,
@@ -152,6 +158,53 @@ class Session:
         if self.is_main:
             self._check_disk()
             self.run.begin(self.config, start, self.data)
+
+    def ask_reference(self, start: Checkpoint | None) -> None:
+        """Have the rows bring along what the model that the run began with says of them, where that is wanted."""
+        if not isinstance(self.data.train.rows, AnswerRows) or self.config.prefer.reference != "cached":
+            return
+        if self.trainer.strategy.is_shared_out:  # a device may not be able to hold the model before
+            self.trainer.add_callback(BeforeFirstStep(lambda: self._ask_reference(start)))
+        else:
+            self._ask_reference(start)
+
+    def _ask_reference(self, start: Checkpoint | None) -> None:
+        trainer, config = self.trainer, self.config
+        is_off = can_be_switched_off(config)
+        # The engines that share a model out have given it the checkpoint's weights by now.
+        is_gone = not is_off and start is not None and trainer.strategy.is_shared_out
+
+        def ask(rows: Sequence[Any]) -> NDArray[np.float32]:
+            if is_gone:
+                raise CheckpointError(
+                    "the reference log-probabilities of this run are no longer in data.cache_dir, and the model is "
+                    "not what it was when it began. Begin anew: run.resume=never and another run.name."
+                )
+            with adapter_off(trainer.model) if is_off else nullcontext():
+                return trainer.ask(rows, target_logps).float().cpu().numpy()
+
+        for rows in (self.data.train, self.data.valid):
+            if rows is None or not isinstance(rows.rows, AnswerRows):
+                continue
+            is_train = rows is self.data.train
+            key = reference_key(config, self.run.inputs["model"], rows.rows)
+            ask_reference(
+                rows.rows,
+                drawn_rows(self.plan, trainer.args.max_steps) if is_train else np.arange(len(rows.rows)),
+                cache_dir(config) / f"reference-{key}",
+                ask,
+                pass_tokens=config.train.micro_batch_tokens or 0,
+                tree=self._packing == "tree",
+                rank=trainer.args.process_index,
+                ranks=trainer.args.world_size,
+                say=self.progress.say,
+            )
+        self._startup.mark("reference log-probabilities")
+
+    def _collate(self) -> Callable[[Sequence[Any]], Pack]:
+        if isinstance(self.data.train.rows, AnswerRows):
+            return collate_answers_tree if self._packing == "tree" else collate_answers_flat
+        return collate_tree if self._packing == "tree" else collate_flat
 
     def measure_untouched(self, start: Checkpoint | None) -> None:
         """Evaluate and question the model as it came. A run that goes on has done so already."""

@@ -243,8 +243,14 @@ class PackTrainer(Trainer):
             for row in (row for pack in packs for row in pack["rows"]):
                 self.rows_report.add(row)
                 self._stream = row.stream or self._stream
-        self.objective.begin(self.model, packs)
+        with self.autocast():
+            self.objective.begin(self.model, map(self._prepare_inputs, packs), self._over_ranks)
         return packs, counts[0].float()
+
+    def _prepare_input(self, data: Any) -> Any:
+        """To the device as it is. transformers would round weights and log-probabilities to the number format
+        of a DeepSpeed model, which is given none of them."""
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
     # --- loss
 
@@ -266,6 +272,13 @@ class PackTrainer(Trainer):
     def floating_point_ops(self, inputs: Pack) -> int:
         return 0  # MFU is told from models.cost; transformers' estimate counts frozen weights as trained
 
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        """Summed over all ranks, which call this together."""
+        if self.args.world_size == 1:
+            return sums
+        summed: Tensor = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
+        return summed
+
     def _summed(self, outcomes: Sequence[Outcome]) -> tuple[float, dict[str, tuple[float, float]]]:
         """Loss and figures of the outcomes of all ranks."""
         names = list(outcomes[0].figures)
@@ -275,9 +288,7 @@ class PackTrainer(Trainer):
                 for outcome in outcomes
             ]
         ).sum(0)
-        if self.args.world_size > 1:
-            sums = self.accelerator.reduce(sums, reduction="sum")
-        loss, *parts = sums.tolist()
+        loss, *parts = self._over_ranks(sums).tolist()
         return loss, dict(zip(names, pairs_of(parts), strict=True))
 
     # --- optimiser
@@ -402,6 +413,16 @@ class PackTrainer(Trainer):
     # --- evaluation
 
     @torch.no_grad()
+    def ask(self, rows: Sequence[Any], question: Callable[[Any, Pack], Tensor]) -> Tensor:
+        """What a question finds of rows in one pass, by the model as it is, without dropout."""
+        was_training = self.model.training
+        self.model.eval()
+        with self.autocast():
+            found = question(self.model, self._prepare_inputs(self.collate(rows)))
+        self.model.train(was_training)
+        return found
+
+    @torch.no_grad()
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -421,7 +442,8 @@ class PackTrainer(Trainer):
         was_training = self.model.training
         self.model.eval()
         with self.autocast():
-            self.objective.begin(self.model, (self._pack_of(items) for items in passes[rank::ranks]))
+            packs = (self._prepare_inputs(self._pack_of(items)) for items in passes[rank::ranks])
+            self.objective.begin(self.model, packs, self._over_ranks)
         for items in passes[rank::ranks]:
             pack = self._pack_of(items)
             with self.autocast():
@@ -433,9 +455,7 @@ class PackTrainer(Trainer):
             parts = [float(part) for name in names for part in figures[name]]
             found.append([float(loss), pack["total"], pack["num_targets"], num_bytes, *parts])
         self.model.train(was_training)
-        sums = torch.tensor(found, dtype=torch.float64).sum(0)
-        if self.args.world_size > 1:
-            sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
+        sums = self._over_ranks(torch.tensor(found, dtype=torch.float64).sum(0))
         loss_sum, total, targets, num_bytes, *parts = sums.tolist()
         metrics = {
             "eval_loss": loss_sum / total,
