@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tunesmith.config.methods import METHODS
+from tunesmith.config.methods import METHODS, Method
+from tunesmith.config.preferences import PREFERENCES
 from tunesmith.config.yaml_text import show
 
 if TYPE_CHECKING:  # for types only: the schema calls this file, not the other way about
@@ -125,10 +126,37 @@ def resolve_defaults(config: Config) -> None:
     for section, key, value in defaults:
         if getattr(getattr(config, section), key) is None:
             _set(getattr(config, section), **{key: value})
+    is_preference = config.run.recipe == "prefer"
+    if is_preference:
+        _resolve_preference(config)
     if train.epochs is None and train.max_steps is None:
-        _set(train, epochs=3.0)
+        _set(train, epochs=1.0 if is_preference else 3.0)
     if train.learning_rate is None:
-        _set(train, learning_rate=6e-4 if is_from_scratch else method.learning_rate)
+        rate = _preference_rate(config, method) if is_preference else method.learning_rate
+        _set(train, learning_rate=6e-4 if is_from_scratch and not is_preference else rate)
+
+
+def _resolve_preference(config: Config) -> None:
+    """Fill the keys of `prefer` that its method reads; the others stay open."""
+    prefer = config.prefer
+    if prefer.method is None:
+        _set(prefer, method="dpo")
+    row = PREFERENCES[prefer.method or "dpo"]
+    special = row.when_normalized if prefer.length_normalized else {}
+    defaults = {**row.defaults, **special} | ({"reference": "cached"} if row.needs_reference else {})
+    for key, value in defaults.items():
+        if getattr(prefer, key) is None:
+            _set(prefer, **{key: value})
+
+
+def _preference_rate(config: Config, method: Method) -> float:
+    """The learning rate of `prefer.method`. An adapter that wants another than LoRA's in fine-tuning gets as
+    many times that of the table (an assumption: the table knows LoRA)."""
+    row = PREFERENCES[config.prefer.method or "dpo"]
+    if config.adapter.method == "none":
+        return row.learning_rate
+    times = method.learning_rate / METHODS["lora"].learning_rate
+    return float(f"{row.adapter_learning_rate * times:.3g}")
 
 
 def _changed(section: Section) -> list[str]:
@@ -277,7 +305,7 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
     ),
     (
         ("data.packing", "run.recipe"),
-        lambda c: c.data.packing == "concatenate" and c.run.recipe != "pretrain",
+        lambda c: c.data.packing == "concatenate" and c.run.recipe == "sft",
         "data.packing is concatenate, which is for `tunesmith pretrain`: conversations would see each other. "
         "Use tree, flat or none",
     ),
@@ -314,6 +342,76 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
         lambda c: c.eval.temperature > 0 and not c.eval.prompts,
         "eval.temperature is {c.eval.temperature}, but eval.prompts names no text to go on with. Name one, "
         "or remove it",
+    ),
+    (
+        ("data.loading", "run.recipe"),
+        lambda c: c.run.recipe == "prefer" and c.data.loading != "cached",
+        "data.loading is {c.data.loading}, but `tunesmith prefer` looks at both answers of each row before "
+        "it begins, and keeps what the reference makes of them beside the prepared rows. Use cached",
+    ),
+    (
+        ("data.train_on", "run.recipe"),
+        lambda c: c.run.recipe == "prefer" and c.data.train_on != "assistant",
+        "data.train_on is {c.data.train_on}, but `tunesmith prefer` always trains the assistant turns that "
+        "its answers differ in. Remove it",
+    ),
+    (
+        ("data.packing", "run.recipe", "adapter.method"),
+        lambda c: (
+            c.run.recipe == "prefer"
+            and c.data.packing in ("none", "concatenate")
+            and METHODS[c.adapter.method or "lora"].packs
+        ),
+        "data.packing is {c.data.packing}, but the answers of a pair lie in one pass. Use tree, where they "
+        "share their prompt, or flat",
+    ),
+    (
+        ("adapter.method", "run.recipe"),
+        lambda c: c.run.recipe == "prefer" and not METHODS[c.adapter.method or "lora"].packs,
+        "adapter.method is {c.adapter.method}, which puts virtual tokens before every example, but the "
+        "answers of a pair lie in one pass. Use another method, such as lora",
+    ),
+    (
+        ("train.label_smoothing", "run.recipe"),
+        lambda c: c.run.recipe == "prefer" and c.train.label_smoothing > 0,
+        "train.label_smoothing is {c.train.label_smoothing}, which spreads a token's probability; the "
+        "losses of `tunesmith prefer` are of whole answers. Remove it; for pairs that may be the wrong way "
+        "about there is prefer.label_smoothing",
+    ),
+    (
+        ("train.z_loss", "run.recipe"),
+        lambda c: c.run.recipe == "prefer" and c.train.z_loss > 0,
+        "train.z_loss is {c.train.z_loss}, which is added to the loss of a token; the losses of `tunesmith "
+        "prefer` are of whole answers. Remove it",
+    ),
+    (
+        ("train.neftune_alpha", "run.recipe"),
+        lambda c: c.run.recipe == "prefer" and c.train.neftune_alpha is not None,
+        "train.neftune_alpha is {c.train.neftune_alpha}, but `tunesmith prefer` compares exact "
+        "log-probabilities, and noise on the embeddings would change them. Remove it",
+    ),
+    (
+        ("eval.answer_rows", "run.recipe"),
+        lambda c: c.run.recipe == "prefer" and c.eval.answer_rows > 0,
+        "eval.answer_rows is {c.eval.answer_rows}, but a pair holds no answer that is the right one word "
+        "for word; evaluation reports how often the chosen one is preferred. Remove it",
+    ),
+    (
+        ("prefer.method", "train.batch_size", "run.recipe"),
+        lambda c: c.run.recipe == "prefer" and c.prefer.method == "kto" and c.train.batch_size < 2,
+        "train.batch_size is {c.train.batch_size}, but prefer.method kto estimates a divergence from "
+        "answers read after the prompts of other rows of the step. Use at least 2, and rather 16",
+    ),
+    (
+        ("prefer.reference", "adapter.method", "distributed.strategy"),
+        lambda c: (
+            c.prefer.reference == "live"
+            and c.adapter.method == "none"
+            and c.distributed.strategy in ("fsdp", "zero3")
+        ),
+        "prefer.reference is live, but with adapter.method none that is a second whole model in each "
+        "process, and distributed.strategy {c.distributed.strategy} is for models too large for one. Use "
+        "cached",
     ),
     (
         ("model.freeze", "adapter.method"),
@@ -407,6 +505,39 @@ def _unread_adapter_keys(config: Config) -> list[Contradiction]:
         )
         found.append(Contradiction((f"adapter.{key}", "adapter.method"), message))
     return found
+
+
+def _unread_preference_keys(config: Config) -> list[Contradiction]:
+    """Keys of `prefer` that the method does not read, or that another recipe does not."""
+    found, recipe, name = [], config.run.recipe, config.prefer.method or "dpo"
+    for key in _changed(config.prefer):
+        where = f"prefer.{key} is {show(getattr(config.prefer, key))}, but "
+        if recipe != "prefer":
+            message = (
+                f"{where}under `tunesmith {recipe}` it would do nothing. Remove it, or train with "
+                "`tunesmith prefer`"
+            )
+            found.append(Contradiction((f"prefer.{key}", "run.recipe"), message))
+        elif key != "method" and key not in PREFERENCES[name].keys:
+            others = _or([other for other, row in PREFERENCES.items() if key in row.keys])
+            message = (
+                f"{where}prefer.method is {name}, so it would do nothing. Remove it, or set prefer.method to "
+                f"{others}"
+            )
+            found.append(Contradiction((f"prefer.{key}", "prefer.method", "run.recipe"), message))
+    return found
+
+
+def _live_reference(config: Config) -> list[Contradiction]:
+    """A reference by the adapter's off-switch, where that does not lead to the model training began with."""
+    name = config.adapter.method or "lora"
+    if config.prefer.reference != "live" or not (why := METHODS[name].no_off_switch):
+        return []
+    message = (
+        "prefer.reference is live, which is the model with its adapter switched off, but adapter.method "
+        f"{name} {why}. Use cached, or adapter.method lora"
+    )
+    return [Contradiction(("prefer.reference", "adapter.method"), message)]
 
 
 def _unfit_method(config: Config) -> list[Contradiction]:
@@ -530,6 +661,8 @@ def check_consistency(config: Config) -> None:
     for check in (
         _nothing_to_evaluate,
         _unread_adapter_keys,
+        _unread_preference_keys,
+        _live_reference,
         _unfit_method,
         _owned_trainer_args,
         _bad_patterns,

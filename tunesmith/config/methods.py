@@ -41,6 +41,7 @@ class Method:
 
     keys                  of `adapter` that it reads; defaults: their values where the schema leaves them open
     no_merge              why it cannot be folded into the base weights; empty: it can
+    no_off_switch         why the base model cannot be had by switching it off; empty: it can
     packs                 whether several examples may lie in one pass
     recomputes            whether it goes with gradient checkpointing
     quantizations         of the base, beside none, that it was tried with
@@ -52,6 +53,7 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     learning_rate: float = 2e-4
     no_merge: str = ""
+    no_off_switch: str = ""
     packs: bool = True
     recomputes: bool = True
     quantizations: tuple[str, ...] = ("nf4", "int8")
@@ -62,6 +64,7 @@ class Method:
 _ON_MODULES = ("target_modules", "modules_to_save")
 _OF_LORA = ("r", "alpha", "dropout", *_ON_MODULES, "lora_plus_ratio", "trainable_tokens")
 _VIRTUAL = "its virtual tokens are put before every input; no weight of the base model could stand for them"
+_TAKEN_OUT = "has taken what it begins with out of the base weights"
 _LINEAR = {"target_modules": "all-linear"}
 _LORA_SIZE = {"r": 16, "alpha": 32.0, **_LINEAR}
 _PART_OF_WEIGHTS = {"r": 16, "alpha": 16.0, **_LINEAR}
@@ -88,6 +91,7 @@ METHODS: dict[MethodName, Method] = {
         "Meng et al. 2024, arXiv:2404.02948",
         _OF_LORA,
         _PART_OF_WEIGHTS,
+        no_off_switch=_TAKEN_OUT,
         quantizations=(),
         strategies=_WHOLE_WEIGHTS,
     ),
@@ -95,6 +99,7 @@ METHODS: dict[MethodName, Method] = {
         "Li et al. 2023, arXiv:2310.08659",
         _OF_LORA,
         _PART_OF_WEIGHTS,
+        no_off_switch=_TAKEN_OUT,
         quantizations=("nf4",),
         needs_quantization=True,
     ),
@@ -102,6 +107,7 @@ METHODS: dict[MethodName, Method] = {
         "Büyükakyüz 2024, arXiv:2406.01775",
         _OF_LORA,
         _PART_OF_WEIGHTS,
+        no_off_switch=_TAKEN_OUT,
         quantizations=(),
         strategies=_WHOLE_WEIGHTS,
     ),
@@ -135,6 +141,7 @@ METHODS: dict[MethodName, Method] = {
         learning_rate=1e-3,
         quantizations=(),
         no_merge="it has a non-linearity, which no matrix of the base model could stand for",
+        no_off_switch="is a part of the layers and has no such switch",
         strategies=_EVERY_STRATEGY,
     ),
     "prefix": Method(

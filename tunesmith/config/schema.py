@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, m
 
 from tunesmith.config.checks import check_consistency, resolve_defaults
 from tunesmith.config.methods import MethodName
+from tunesmith.config.preferences import PreferenceName
 
 Role = Literal["system", "user", "assistant", "tool"]
 Format = Literal[
@@ -65,8 +66,9 @@ class RunConfig(Section):
     output_dir: Text = "runs"
     """Folder that holds runs."""
     recipe: Literal["sft", "pretrain", "prefer"] | None = None
-    """What is trained: answers of conversations (`sft`) or whole texts (`pretrain`). The verb says it; name
-    it here for verbs that cannot, such as `preview`. Default `sft`. Some defaults depend on it."""
+    """What is trained: answers of conversations (`sft`), whole texts (`pretrain`), or which of two answers is
+    the better one (`prefer`). The verb says it; name it here for verbs that cannot, such as `preview`.
+    Default `sft`. Some defaults depend on it."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of row order, adapter initialisation, dropout and NEFTune noise."""
     resume: Literal["auto", "never"] | PositiveInt = "auto"
@@ -255,7 +257,8 @@ class DataConfig(Section):
     system: str | None = None
     """System prompt given to every conversation; it replaces one that is there."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens carry loss: all assistant turns, the last one only, or the whole text."""
+    """Which tokens carry loss: all assistant turns, the last one only, or the whole text. `tunesmith prefer`
+    always trains the assistant turns that its answers differ in."""
     max_length: Annotated[int, Field(ge=8)] = 2048
     """Longest example, in tokens."""
     too_long: Literal["drop", "truncate", "split", "error"] | None = None
@@ -293,6 +296,48 @@ class DataConfig(Section):
         return "flat" if self.packing == "concatenate" else self.packing or "tree"
 
 
+class PreferConfig(Section):
+    """Learning from pairs of answers, or from answers with a thumb up or down (`tunesmith prefer`). A key
+    that the method does not read is an error, and so is any of them under another recipe."""
+
+    method: PreferenceName | None = None
+    """How. `dpo` (Rafailov et al. 2023, arXiv:2305.18290) makes chosen answers likelier than rejected ones,
+    compared with the model that training began with; `ipo` (Azar et al. 2023, arXiv:2310.12036) only up to a
+    margin; `hinge` (Zhao et al. 2023, arXiv:2305.10425) until a margin is reached; `robust` (Chowdhury et
+    al. 2024, arXiv:2403.00409) where a known share of the pairs is the wrong way about. `kto` (Ethayarajh et
+    al. 2024, arXiv:2402.01306) learns from single answers with a label. Without a reference: `orpo` (Hong et
+    al. 2024, arXiv:2403.07691) and `cpo` (Xu et al. 2024, arXiv:2401.08417), which fine-tune on the chosen
+    answers at the same time, and `simpo` (Meng et al. 2024, arXiv:2405.14734), which compares mean tokens.
+    `reward` (Bradley-Terry, as in Touvron et al. 2023, arXiv:2307.09288) makes a model that gives answers
+    scores. Default `dpo`."""
+    beta: PositiveFloat | None = None
+    """Scale of the rewards that a loss compares: the larger, the closer the model stays to its reference.
+    `ipo`: tau of its paper; `orpo`: lambda, the weight of the odds ratio. Default 0.1; 2 for `simpo`, and 5
+    for `dpo` with `length_normalized` (Lambert et al. 2024, arXiv:2411.15124)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = None
+    """Share of the pairs taken to be the wrong way about: `dpo` expects it (conservative DPO, Mitchell 2023),
+    `robust` corrects for it. Default 0, for `robust` 0.1."""
+    gamma: Annotated[float, Field(ge=0)] | None = None
+    """Margin that `simpo` wants between the rewards. Default 1, half of beta, as its authors advise."""
+    sft_weight: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the mean negative log-probability of the chosen answer's tokens, added to the loss (Pang et
+    al. 2024, arXiv:2404.19733, which takes 1): it keeps chosen answers from becoming less likely too.
+    Default 0; 1 for `cpo`, of which it is a part."""
+    desirable_weight: PositiveFloat | None = None
+    """Weight of desirable answers in `kto`. Where there are fewer of them, let weight x number be 1 to 3/2
+    times that of the undesirable ones, as its paper advises. Default 1."""
+    undesirable_weight: PositiveFloat | None = None
+    """Weight of undesirable answers in `kto`. Default 1."""
+    length_normalized: bool | None = None
+    """Compare the mean log-ratio of an answer's tokens and not their sum, so that long answers do not weigh
+    more. Default false for `dpo`, and true for `ipo`, as its authors ran it."""
+    reference: Literal["cached", "live"] | None = None
+    """Where the log-probabilities of the reference, the model that training began with, come from.
+    `cached`: computed once, before training, and kept beside the prepared data for this and later runs.
+    `live`: computed in each step, by the model with its adapter switched off, or by a frozen copy where the
+    whole model is trained. Default `cached`."""
+
+
 class BatchSizeWarmup(Section):
     """How the number of rows per step grows at the beginning."""
 
@@ -306,11 +351,13 @@ class TrainConfig(Section):
     """The optimisation."""
 
     epochs: PositiveFloat | None = None
-    """Passes over the training rows; fractions are allowed. Default 3 unless `max_steps` is set."""
+    """Passes over the training rows; fractions are allowed. Default 3 unless `max_steps` is set; under
+    `tunesmith prefer` 1, as in most of its papers."""
     max_steps: PositiveInt | None = None
     """Optimiser steps to stop after, instead of `epochs`."""
     batch_size: PositiveInt = 16
-    """Rows per optimiser step over all ranks. Packing, micro-batches and rank count do not change it."""
+    """Rows per optimiser step over all ranks. Packing, micro-batches and rank count do not change it. A pair
+    of answers is one row."""
     batch_size_warmup: BatchSizeWarmup | None = None
     """Let steps begin with fewer rows and grow evenly, such as `{start: 4, steps: 100}` (GPT-3, Brown et al.
     2020, arXiv:2005.14165, appendix B). A run of so many epochs has more steps then."""
@@ -323,7 +370,9 @@ class TrainConfig(Section):
     """Peak learning rate. Default 2e-4 for LoRA and its like (QLoRA paper, table 9), more for methods that
     train less (docs/adapters.md has them), 1e-5 for full fine-tuning, and 6e-4 for a model from scratch (125M
     parameters in GPT-3's table 2.1, Brown et al. 2020, arXiv:2005.14165, which takes 2e-4 at 1.3B and 1.2e-4
-    at 6.7B)."""
+    at 6.7B). Under `tunesmith prefer` 5e-6 for LoRA and 5e-7 for full fine-tuning (the recipes of Zephyr,
+    Tunstall et al. 2023, arXiv:2310.16944); for `prefer.method` `kto` and `orpo` 5e-5 and 5e-6, `simpo` 6e-6
+    and 6e-7, `cpo` and `reward` 1e-4 and 1e-5."""
     schedule: Literal[
         "cosine", "linear", "constant", "cosine_with_min_lr", "inverse_sqrt", "warmup_stable_decay"
     ] = "cosine"
@@ -455,6 +504,7 @@ class Config(Section):
     model: ModelConfig
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
     data: DataConfig
+    prefer: PreferConfig = Field(default_factory=PreferConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)

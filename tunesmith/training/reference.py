@@ -57,7 +57,9 @@ def adapter_off(model: Any) -> Iterator[Any]:
 
 def reference_key(config: Config, model_fingerprint: str, rows: AnswerRows) -> str:
     """A name for what the model of this config says of these rows."""
-    decides = config.model.model_dump(include={"dtype", "quantization", "double_quantization", "rope_scaling"})
+    decides = config.model.model_dump(
+        include={"dtype", "quantization", "double_quantization", "rope_scaling"}
+    )
     if config.adapter.method in _CHANGE_THE_BASE:
         decides |= {"adapter": config.adapter.model_dump(), "seed": config.run.seed}
     digest = hashlib.sha256(json.dumps([decides, model_fingerprint], sort_keys=True).encode())
@@ -150,7 +152,9 @@ def _fill(
     values.flush()
     if todo:
         seconds = time.monotonic() - started_at
-        say(f"reference log-probabilities of {num_rows:,} rows computed in {seconds:.0f} s, kept in {file.parent}")
+        say(
+            f"reference log-probabilities of {num_rows:,} rows computed in {seconds:.0f} s, kept in {file.parent}"
+        )
     elif len(passes):
         say(f"reference log-probabilities: read from {file.parent}")
     return values
@@ -165,5 +169,3 @@ def _open(file: Path, size: int) -> np.memmap[Any, np.dtype[np.float32]]:
             np.full(size, np.nan, dtype=np.float32).tofile(building)
             building.replace(file)
     return np.memmap(file, dtype=np.float32, mode="r+", shape=(size,))
-
-

@@ -48,10 +48,16 @@ from tunesmith.training.environment import versions
 from tunesmith.training.manifest import seal
 from tunesmith.training.objectives import Objective, Pack
 from tunesmith.training.passes import plan_passes
+from tunesmith.training.preference import target_logps
 from tunesmith.training.progress import Progress, ProgressLine
 from tunesmith.training.ranks import wait_for_all
-from tunesmith.training.preference import target_logps
-from tunesmith.training.reference import adapter_off, ask_reference, can_be_switched_off, drawn_rows, reference_key
+from tunesmith.training.reference import (
+    adapter_off,
+    ask_reference,
+    can_be_switched_off,
+    drawn_rows,
+    reference_key,
+)
 from tunesmith.training.run_folder import RunFolder, write_json
 from tunesmith.training.saving import Saver
 from tunesmith.training.startup import Startup
