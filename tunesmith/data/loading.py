@@ -182,12 +182,12 @@ def _whole_rows(rows: RowSet, config: Config) -> RowSet:
 def _other_method(path: str, name: str, method: str) -> str:
     if name == "labelled":
         return (
-            f"{path}: its rows are answers with a label, and prefer.method {method} learns from pairs of answers. "
-            "Set prefer.method to kto."
+            f"{path}: its rows are answers with a label, and prefer.method {method} learns from pairs of "
+            "answers. Set prefer.method to kto."
         )
     return (
-        f"{path}: its rows are pairs of answers ({name}), and prefer.method {method} learns from single answers "
-        "with a label. Set prefer.method to dpo, or give each answer a row with a label."
+        f"{path}: its rows are pairs of answers ({name}), and prefer.method {method} learns from single "
+        "answers with a label. Set prefer.method to dpo, or give each answer a row with a label."
     )
 
 

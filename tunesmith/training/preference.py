@@ -1,4 +1,5 @@
-"""The objective of preference tuning: log-probabilities of answers from a pack, and what a loss makes of them.
+"""The objective of preference tuning: log-probabilities of answers from a pack, and what a loss makes of
+them.
 
 M targets of A answers, which are of N rows.
 """
@@ -66,9 +67,8 @@ class PreferenceObjective:
             pack, _of_answers(logps, pack), None if reference is None else _of_answers(reference, pack)
         )
         if reference is not None:
-            # Of the data's tokens, as if the reference had written them: r - 1 - log r with r = p / p_ref, which is
-            # 0 where they agree, positive elsewhere, and with its own tokens has the mean KL(reference | model)
-            # (Schulman 2020, "Approximating KL divergence").
+            # r - 1 - log r with r = p / p_ref: 0 where they agree, positive elsewhere. Of tokens that the
+            # reference wrote its mean is KL(reference | model) (Schulman 2020, "Approximating KL").
             ratio = (logps - reference).detach()
             figures["kl_of_tokens"] = ((ratio.expm1() - ratio).sum(), _number(ratio))
         return Outcome(loss + 0 * logps.sum(), figures)

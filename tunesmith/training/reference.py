@@ -1,12 +1,12 @@
-"""What the reference model, the one that training begins with, says of each target: computed once, kept beside
-the prepared data, and read by every epoch and every run that begins with the same model and rows.
+"""What the reference model, the one that training begins with, says of each target: computed once, kept
+beside the prepared data, and read by every epoch and every run that begins with the same model and rows.
 
     cache/reference-KEY/targets.f32       float32, a number for each target of each row, in their order; NaN
                                           where nobody has asked yet
     cache/reference-KEY/mismatched.f32    the same of the rows' mismatched answers
 
-Numbers are written where they belong as they come, so that a run that is killed goes on with the rest. Which rows
-are asked about together depends on the rows alone, so that it finds the same numbers.
+Numbers are written where they belong as they come, so that a run that is killed goes on with the rest. Which
+rows are asked about together does not depend on what is there, so that it finds the same numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,6 @@ from tunesmith.config import Config
 from tunesmith.data.prepare import PreparedRow
 from tunesmith.data.rows import AnswerRows
 from tunesmith.models.fuse import inward
-from tunesmith.packing.answers import plan_answers
-from tunesmith.packing.balance import sweep
 from tunesmith.packing.plan import StepPlan
 
 Say = Callable[[str], None]
@@ -68,49 +66,47 @@ def reference_key(config: Config, model_fingerprint: str, rows: AnswerRows) -> s
     return digest.hexdigest()[:32]
 
 
-def drawn_rows(plan: StepPlan, num_steps: int) -> NDArray[np.int64]:
-    """The rows that a run of so many steps draws, in the order in which it first does."""
-    last_epoch, _, end = plan.steps.place(num_steps - 1)
-    epochs = [plan.rows_of_epoch(epoch) for epoch in range(last_epoch + 1)]
-    epochs[-1] = epochs[-1][:end]
-    drawn = np.concatenate(epochs)
-    _, first = np.unique(drawn, return_index=True)
-    return drawn[np.sort(first)]
+def planned_passes(plan: StepPlan, num_steps: int) -> Iterator[list[int]]:
+    """The rows of each pass of a run, those of all ranks in turn."""
+    rows, rows_of = np.empty(0, np.int64), -1
+    for step in range(num_steps):
+        epoch, start, end = plan.steps.place(step)
+        if epoch != rows_of:
+            rows, rows_of = plan.rows_of_epoch(epoch), epoch
+        for passes in zip(*plan.split(rows[start:end]), strict=True):
+            yield from passes
 
 
 def ask_reference(
     rows: AnswerRows,
-    wanted: NDArray[np.int64],
+    passes: Iterable[Sequence[int]],
     folder: Path,
     ask: Ask,
     *,
-    pass_tokens: int,
-    tree: bool,
     rank: int,
     ranks: int,
     say: Say,
 ) -> None:
-    """Give `rows` what the reference says of those wanted, asking for what `folder` does not hold yet."""
-    lengths, sharing = plan_answers(rows, tree=tree)
-    order, common = wanted, np.zeros(len(wanted), dtype=np.int32)
-    if sharing is not None:
-        order, common = sharing.in_order(wanted)
+    """Give `rows` what the reference says of those in `passes`, asking for what `folder` does not hold yet.
+
+    Rows are asked about in the passes in which training first meets them: in bfloat16 a pass of others would
+    round otherwise, and the first loss would not be that of a model that is its own reference."""
+    passes = list(passes)
     rows.reference = _fill(
         folder / "targets.f32",
         rows.target_starts,
-        [order[piece] for piece in sweep(lengths[order].tolist(), common.tolist(), pass_tokens)],
+        passes,
         lambda items: ask([rows[item] for item in items]),
         rank,
         ranks,
         say,
     )
     if rows.is_mismatched:
-        lengths = lengths + np.roll(lengths, -1)
         rows.mismatched_reference = _fill(
             folder / "mismatched.f32",
             rows.mismatched_starts,
-            [order[piece] for piece in sweep(lengths[order].tolist(), common.tolist(), pass_tokens)],
-            lambda items: ask([row.mismatched for item in items if (row := rows[item]).mismatched]),
+            passes,
+            lambda items: ask([row for item in items if (row := rows[item].mismatched) is not None]),
             rank,
             ranks,
             say,
@@ -120,31 +116,34 @@ def ask_reference(
 def _fill(
     file: Path,
     starts: NDArray[np.int64],
-    passes: Sequence[NDArray[np.int64]],
-    ask: Callable[[NDArray[np.int64]], Float32s],
+    passes: Sequence[Sequence[int]],
+    ask: Callable[[Sequence[int]], Float32s],
     rank: int,
     ranks: int,
     say: Say,
 ) -> Float32s:
     values = _open(file, int(starts[-1]))
-    unknown = np.concatenate([[0], np.cumsum(np.isnan(values), dtype=np.int64)])
-    todo = [items for items in passes if (unknown[starts[items + 1]] > unknown[starts[items]]).any()]
+    todo, known = _unknown(values, starts, passes)
     if ranks > 1:  # each machine has its own folder
-        said = [todo]
+        said = [(todo, known)]
         broadcast_object_list(said)
-        todo = said[0]
+        todo, known = said[0]
     num_rows, started_at = sum(map(len, todo)), time.monotonic()
     told_at, done = started_at, 0
     for first in range(0, len(todo), ranks * _ROUNDS):
         some = todo[first : first + ranks * _ROUNDS]
         found = []
         for at in range(0, len(some), ranks):  # all ranks ask as often: a model that is shared out needs all
-            items = some[at + rank] if at + rank < len(some) else np.empty(0, np.int64)
+            items = some[at + rank] if at + rank < len(some) else []
             found.append((items, ask(items)))
         for items, of_pass in gather_object(found) if ranks > 1 else found:
-            of_rows = np.split(of_pass, np.cumsum(starts[items + 1] - starts[items])[:-1])
-            for item, of_row in zip(items, of_rows, strict=True) if len(items) else ():
-                values[starts[item] : starts[item + 1]] = of_row
+            at = 0
+            for item in items:
+                count = int(starts[item + 1] - starts[item])
+                if not known[item]:
+                    values[starts[item] : starts[item + 1]] = of_pass[at : at + count]
+                    known[item] = True
+                at += count
         done += sum(map(len, some))
         if time.monotonic() - told_at > _TELL_S:
             told_at = time.monotonic()
@@ -153,11 +152,26 @@ def _fill(
     if todo:
         seconds = time.monotonic() - started_at
         say(
-            f"reference log-probabilities of {num_rows:,} rows computed in {seconds:.0f} s, kept in {file.parent}"
+            f"reference log-probabilities of {num_rows:,} rows took {seconds:.0f} s; they are in {file.parent}"
         )
-    elif len(passes):
+    elif passes:
         say(f"reference log-probabilities: read from {file.parent}")
     return values
+
+
+def _unknown(
+    values: Float32s, starts: NDArray[np.int64], passes: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], NDArray[np.bool_]]:
+    """The passes that hold a row which neither the values nor a pass before say anything of; and which rows
+    the values do."""
+    missing = np.concatenate([[0], np.cumsum(np.isnan(values), dtype=np.int64)])
+    known = missing[starts[1:]] == missing[starts[:-1]]
+    todo, met = [], known.copy()
+    for items in passes:
+        if not met[items].all():
+            todo.append(list(items))
+            met[items] = True
+    return todo, known
 
 
 def _open(file: Path, size: int) -> np.memmap[Any, np.dtype[np.float32]]:

@@ -55,7 +55,7 @@ from tunesmith.training.reference import (
     adapter_off,
     ask_reference,
     can_be_switched_off,
-    drawn_rows,
+    planned_passes,
     reference_key,
 )
 from tunesmith.training.run_folder import RunFolder, write_json
@@ -166,7 +166,8 @@ class Session:
             self.run.begin(self.config, start, self.data)
 
     def ask_reference(self, start: Checkpoint | None) -> None:
-        """Have the rows bring along what the model that the run began with says of them, where that is wanted."""
+        """Have the rows bring along what the model that the run began with says of them, if it is to be
+        cached."""
         if not isinstance(self.data.train.rows, AnswerRows) or self.config.prefer.reference != "cached":
             return
         if self.trainer.strategy.is_shared_out:  # a device may not be able to hold the model before
@@ -183,8 +184,8 @@ class Session:
         def ask(rows: Sequence[Any]) -> NDArray[np.float32]:
             if is_gone:
                 raise CheckpointError(
-                    "the reference log-probabilities of this run are no longer in data.cache_dir, and the model is "
-                    "not what it was when it began. Begin anew: run.resume=never and another run.name."
+                    "the reference log-probabilities of this run are no longer in data.cache_dir, and the "
+                    "model is not what it was when it began. Begin anew: run.resume=never, another run.name."
                 )
             with adapter_off(trainer.model) if is_off else nullcontext():
                 return trainer.ask(rows, target_logps).float().cpu().numpy()
@@ -192,15 +193,13 @@ class Session:
         for rows in (self.data.train, self.data.valid):
             if rows is None or not isinstance(rows.rows, AnswerRows):
                 continue
-            is_train = rows is self.data.train
             key = reference_key(config, self.run.inputs["model"], rows.rows)
+            steps = planned_passes(self.plan, trainer.args.max_steps)
             ask_reference(
                 rows.rows,
-                drawn_rows(self.plan, trainer.args.max_steps) if is_train else np.arange(len(rows.rows)),
+                steps if rows is self.data.train else trainer.valid_passes(),
                 cache_dir(config) / f"reference-{key}",
                 ask,
-                pass_tokens=config.train.micro_batch_tokens or 0,
-                tree=self._packing == "tree",
                 rank=trainer.args.process_index,
                 ranks=trainer.args.world_size,
                 say=self.progress.say,

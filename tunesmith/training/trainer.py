@@ -433,9 +433,7 @@ class PackTrainer(Trainer):
         started_at = time.perf_counter()
         rows = self.valid_rows
         ranks, rank = self.args.world_size, self.args.process_index
-        passes = [[item] for item in range(len(rows.lengths))]
-        if self.is_packed:
-            passes = fill_passes(rows.lengths, self.valid_batch_tokens)
+        passes = self.valid_passes()
         # As many for each rank, since a model that is shared out is computed together: the last may be empty.
         passes += [[] for _ in range(-len(passes) % ranks)]
         found, names = [], []
@@ -470,6 +468,13 @@ class PackTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )  # changes control in place
         return metrics
+
+    def valid_passes(self) -> list[list[int]]:
+        """The items of each pass of an evaluation."""
+        assert self.valid_rows is not None
+        if self.is_packed:
+            return fill_passes(self.valid_rows.lengths, self.valid_batch_tokens)
+        return [[item] for item in range(len(self.valid_rows.lengths))]
 
     def _pack_of(self, items: Sequence[int]) -> Pack:
         assert self.valid_rows is not None
