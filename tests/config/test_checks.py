@@ -173,7 +173,7 @@ def test_a_live_reference_goes_with_adapters_that_can_be_switched_off_and_with_a
         assert config.prefer.reference == "live"
     for adapter in ("pissa", "olora", "bottleneck"):
         assert _prefer({}, adapter={"method": adapter}).prefer.reference == "cached"
-        with pytest.raises(ConfigError, match="Use cached, or adapter.method lora"):
+        with pytest.raises(ConfigError, match=r"Use cached, or adapter\.method lora"):
             _prefer({"reference": "live"}, adapter={"method": adapter})
 
 

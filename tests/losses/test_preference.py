@@ -133,6 +133,16 @@ def test_orpo_adds_the_odds_ratio_to_fine_tuning():
     assert only(judged.chosen_rewards) == pytest.approx(-0.5 * math.log(2), rel=1e-6)
 
 
+def test_the_odds_of_an_all_but_certain_answer_are_not_rounded_away():
+    """In float32 1 - exp(-1e-6) is off by 1 in 100, and so would the odds be."""
+    chosen, rejected = -1e-6, -1e-5
+    log_odds = [x - math.log(-math.expm1(x)) for x in (chosen, rejected)]
+    ratio = -math.log(sigmoid(log_odds[0] - log_odds[1]))
+    assert only(orpo(pairs(4 * chosen, 2 * rejected), beta=1.0).losses) == pytest.approx(
+        1e-6 + ratio, rel=1e-5
+    )
+
+
 def test_kto_rewards_desirable_answers_above_the_kl_and_others_below():
     """r = 2 each, kl 1, beta 1: 1 - sigmoid(1) = 0.268941, and sigmoid(1) = 0.731059 for the undesirable
     one."""
