@@ -410,8 +410,9 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
             and c.train.batch_size_warmup is not None
             and c.train.batch_size_warmup.start < 2
         ),
-        "train.batch_size_warmup.start is {c.train.batch_size_warmup.start}, but prefer.method kto estimates a "
-        "divergence from answers read after the prompts of other rows of the step. Use at least 2",
+        "train.batch_size_warmup.start is {c.train.batch_size_warmup.start}, but prefer.method kto "
+        "estimates a divergence from answers read after the prompts of other rows of the step. Use at "
+        "least 2",
     ),
     (
         ("prefer.reference", "adapter.method", "distributed.strategy"),
