@@ -12,6 +12,7 @@ from tunesmith.config import AdapterConfig, Config, SourceConfig, dump_config, l
 from tunesmith.config.checks import CONTRADICTIONS, OWNED_TRAINER_ARGS
 from tunesmith.config.keys import all_keys
 from tunesmith.config.methods import METHODS, MethodName
+from tunesmith.config.preferences import PREFERENCES
 from tunesmith.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "data": {"train": "a.jsonl"}}
@@ -48,6 +49,9 @@ def test_defaults_that_depend_on_other_settings_are_written_out(
         {"model": {"path": "m", "freeze": [r"layers\.[0-3]\."]}, "adapter": {"method": "none"}},
         {"model": {"config": "c", "config_changes": {"hidden_size": 8, "rope_parameters": {"factor": 2.0}}}},
         {"train": {"batch_size_warmup": {"start": 2, "steps": 9}, "min_learning_rate": 1e-5}},
+        {"run": {"recipe": "prefer"}},
+        {"run": {"recipe": "prefer"}, "prefer": {"method": "simpo"}, "adapter": {"method": "none"}},
+        {"run": {"recipe": "prefer"}, "prefer": {"length_normalized": True, "reference": "live"}},
     ],
 )
 def test_a_saved_config_reruns_with_every_default_written_out(
@@ -111,6 +115,75 @@ def test_each_method_has_defaults_of_its_own_for_the_keys_it_reads() -> None:
     assert adapter("bottleneck", r=8).adapter.r == 8
 
 
+def _prefer(prefer: dict[str, Any], **sections: Any) -> Config:
+    return load_config({**MINIMAL, "prefer": prefer, **sections}, recipe="prefer")
+
+
+def test_preference_tuning_has_defaults_of_its_own() -> None:
+    config = _prefer({})
+    assert (config.run.recipe, config.prefer.method, config.adapter.method) == ("prefer", "dpo", "lora")
+    assert (config.train.epochs, config.train.learning_rate) == (1.0, 5e-6)
+    assert (config.data.packing, config.data.too_long) == ("tree", "drop")
+    assert _prefer({}, train={"max_steps": 9}).train.epochs is None
+    assert _prefer({}, train={"learning_rate": 1e-4}).train.learning_rate == 1e-4
+
+
+def test_each_preference_method_has_defaults_for_the_keys_it_reads_and_leaves_the_others_open() -> None:
+    for name, row in PREFERENCES.items():
+        settings = _prefer({"method": name}).prefer.model_dump(exclude={"method"})
+        reference = {"reference": "cached"} if row.needs_reference else {}
+        assert {key: value for key, value in settings.items() if value is not None} == {
+            **row.defaults,
+            **reference,
+        }
+    assert _prefer({"method": "simpo", "gamma": 1.5}).prefer.gamma == 1.5
+
+
+def test_beta_is_of_the_size_that_the_rewards_are_of() -> None:
+    assert _prefer({}).prefer.beta == 0.1
+    assert _prefer({"length_normalized": True}).prefer.beta == 5.0
+    assert _prefer({"length_normalized": True, "beta": 2.0}).prefer.beta == 2.0
+    assert _prefer({"method": "simpo"}).prefer.beta == 2.0
+
+
+@pytest.mark.parametrize(
+    ("method", "adapter", "learning_rate"),
+    [
+        ("dpo", "lora", 5e-6),
+        ("dpo", "none", 5e-7),
+        ("dpo", "ia3", 7.5e-5),  # 3e-3 where LoRA has 2e-4 in fine-tuning: 15 times
+        ("dpo", "vera", 1e-4),
+        ("kto", "lora", 5e-5),
+        ("orpo", "none", 5e-6),
+        ("simpo", "none", 6e-7),
+        ("cpo", "lora", 1e-4),
+        ("reward", "none", 1e-5),
+    ],
+)
+def test_the_learning_rate_of_preference_tuning_is_that_of_its_method(
+    method: str, adapter: str, learning_rate: float
+) -> None:
+    config = _prefer({"method": method}, adapter={"method": adapter})
+    assert config.train.learning_rate == learning_rate
+
+
+def test_a_live_reference_goes_with_adapters_that_can_be_switched_off_and_with_a_copy() -> None:
+    for adapter in ("lora", "dora", "vera", "oft", "ia3", "ln_tuning", "none"):
+        config = _prefer({"reference": "live"}, adapter={"method": adapter})
+        assert config.prefer.reference == "live"
+    for adapter in ("pissa", "olora", "bottleneck"):
+        assert _prefer({}, adapter={"method": adapter}).prefer.reference == "cached"
+        with pytest.raises(ConfigError, match=r"Use cached, or adapter\.method lora"):
+            _prefer({"reference": "live"}, adapter={"method": adapter})
+
+
+def test_a_config_of_one_verb_is_refused_by_another() -> None:
+    values = {**MINIMAL, "run": {"recipe": "prefer"}}
+    assert load_config(values, recipe="prefer").run.recipe == "prefer"
+    with pytest.raises(ConfigError, match=r"so this is a config for `tunesmith prefer`\."):
+        load_config(values, recipe="sft")
+
+
 def test_a_model_goes_on_with_an_adapter_and_begins_without() -> None:
     assert load_config(MINIMAL).adapter.method == "lora"
     assert load_config({**MINIMAL, "model": {"config": "c"}}).adapter.method == "none"
@@ -171,6 +244,9 @@ def test_the_keys_a_contradiction_names_are_those_it_reads() -> None:
             {"data": {"train": "a", "loading": "streaming"}, "train": {"max_steps": 3}},
             {"adapter": {"method": "none"}},
             {"train": {"max_steps": 3}},
+            {"run": {"recipe": "prefer"}},
+            {"run": {"recipe": "prefer"}, "prefer": {"method": "kto", "reference": "live"}},
+            {"run": {"recipe": "prefer"}, "prefer": {"reference": "live"}, "adapter": {"method": "none"}},
         ):
             holds(_Recorder(load_config({**MINIMAL, **variant}), read))  # type: ignore[arg-type]
         assert read <= set(keys)

@@ -397,10 +397,22 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
         "for word; evaluation reports how often the chosen one is preferred. Remove it",
     ),
     (
-        ("prefer.method", "train.batch_size", "run.recipe"),
+        ("train.batch_size", "prefer.method", "run.recipe"),
         lambda c: c.run.recipe == "prefer" and c.prefer.method == "kto" and c.train.batch_size < 2,
         "train.batch_size is {c.train.batch_size}, but prefer.method kto estimates a divergence from "
         "answers read after the prompts of other rows of the step. Use at least 2, and rather 16",
+    ),
+    (
+        ("train.batch_size_warmup", "prefer.method", "run.recipe"),
+        lambda c: (
+            c.run.recipe == "prefer"
+            and c.prefer.method == "kto"
+            and c.train.batch_size_warmup is not None
+            and c.train.batch_size_warmup.start < 2
+        ),
+        "train.batch_size_warmup.start is {c.train.batch_size_warmup.start}, but prefer.method kto "
+        "estimates a divergence from answers read after the prompts of other rows of the step. Use at "
+        "least 2",
     ),
     (
         ("prefer.reference", "adapter.method", "distributed.strategy"),
