@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tunesmith.losses.preference import JudgedAnswers, Labelled
@@ -23,11 +24,11 @@ def kto(
     return JudgedAnswers(losses, beta * log_ratios.detach())
 
 
-def kl_estimate(logps: Tensor, reference: Tensor) -> Tensor:
-    """The point that rewards are compared with: max(0, mean of log(policy / reference)) over answers that
-    belong to other prompts than those they are read after, a scalar float32 without gradient.
+def kl_estimate(total: float, number: float) -> Tensor:
+    """The point that rewards are compared with, a scalar float32: max(0, mean of log(policy / reference)) over
+    answers that belong to other prompts than those they are read after, of which there are `number`, with
+    `total` for a sum (section 4.1).
 
-    logps and reference [M]: log-probabilities of such mismatched answers, by the model and by the reference;
-    the paper shifts the answers of a batch by one. The mean is over all of them before 0 bounds it, as in the
-    paper and TRL: over several devices, theirs together."""
-    return (logps.float() - reference.float()).mean().clamp(min=0).detach()
+    The paper shifts the answers of a batch by one. The mean is over all of them before 0 bounds it, as in the
+    paper and TRL: over several passes and devices, theirs together."""
+    return torch.tensor(max(0.0, total / max(number, 1.0)), dtype=torch.float32)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tunesmith.config.preferences import PREFERENCES
 from tunesmith.config.schema import PreferConfig
+from tunesmith.losses.kto import kl_estimate
 from tunesmith.losses.preference import Labelled, Pairs, loss_of
 from tunesmith.packing.answers import collate_answers_flat
 from tunesmith.training.objectives import Outcome, Pack, prediction_losses
@@ -44,7 +45,7 @@ class PreferenceObjective:
 
     def begin(self, model: Any, packs: Iterable[Pack], over_ranks: Callable[[Tensor], Tensor]) -> None:
         """With labelled answers: the point that rewards are compared with, of all rows of the step whatever
-        its passes and ranks (`losses.kto.kl_estimate`)."""
+        its passes and ranks."""
         if self._method.data != "labelled":
             return
         was_training = model.training
@@ -57,8 +58,7 @@ class PreferenceObjective:
                 ratios = _of_answers(logps - self._reference_logps(model, wrong), wrong)
                 sums += torch.tensor([float(ratios.sum()), len(ratios)], dtype=torch.float64)
         model.train(was_training)
-        total, number = over_ranks(sums).tolist()
-        self._kl = torch.tensor(max(0.0, total / max(number, 1)), dtype=torch.float32)
+        self._kl = kl_estimate(*over_ranks(sums).tolist())
 
     def __call__(self, model: Any, pack: Pack) -> Outcome:
         reference = self._reference_logps(model, pack) if self._method.needs_reference else None

@@ -25,6 +25,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from tunesmith.config import Config
+from tunesmith.config.methods import METHODS
 from tunesmith.data.prepare import PreparedRow
 from tunesmith.data.rows import AnswerRows
 from tunesmith.models.fuse import inward
@@ -34,15 +35,14 @@ Say = Callable[[str], None]
 Float32s = NDArray[np.float32]
 # (rows of a pass) -> what the model says of each of their targets.
 Ask = Callable[[Sequence[PreparedRow]], Float32s]
-# What these begin with is not the base with something beside it that is nothing yet.
-_CHANGE_THE_BASE = ("pissa", "olora", "loftq")
 _ROUNDS = 16  # passes of each rank between two writes
 _TELL_S = 10.0
 
 
 def can_be_switched_off(config: Config) -> bool:
     """Whether the model without its adapter is the one that training began with, at any time."""
-    return config.adapter.method not in ("none", "bottleneck", *_CHANGE_THE_BASE)
+    assert config.adapter.method is not None
+    return config.adapter.method != "none" and not METHODS[config.adapter.method].no_off_switch
 
 
 @contextmanager
@@ -58,7 +58,8 @@ def reference_key(config: Config, model_fingerprint: str, rows: AnswerRows) -> s
     decides = config.model.model_dump(
         include={"dtype", "quantization", "double_quantization", "rope_scaling"}
     )
-    if config.adapter.method in _CHANGE_THE_BASE:
+    assert config.adapter.method is not None
+    if METHODS[config.adapter.method].no_off_switch:  # it begins as another model than its base
         decides |= {"adapter": config.adapter.model_dump(), "seed": config.run.seed}
     digest = hashlib.sha256(json.dumps([decides, model_fingerprint], sort_keys=True).encode())
     digest.update(rows.examples.fingerprints().tobytes())
@@ -151,9 +152,8 @@ def _fill(
     values.flush()
     if todo:
         seconds = time.monotonic() - started_at
-        say(
-            f"reference log-probabilities of {num_rows:,} rows took {seconds:.0f} s; they are in {file.parent}"
-        )
+        where = f"kept in {file.parent}"
+        say(f"reference log-probabilities of {num_rows:,} rows computed in {seconds:.0f} s, {where}")
     elif passes:
         say(f"reference log-probabilities: read from {file.parent}")
     return values
