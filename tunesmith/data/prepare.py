@@ -372,7 +372,7 @@ class Preparer:
             return PreparedRow(place, problem=problem, notes=notes)
         kept: list[Example] = []
         too_long: list[tuple[int, int]] = []
-        left_out: list[str] = []
+        left_out = [] if answers else ["no_better_answer"]
         for group in self._kept_together(answers):
             fitted = [[self._cut(example) for example in answer] for answer in group]
             is_pair = len(group) == 2
