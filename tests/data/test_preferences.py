@@ -1,23 +1,14 @@
-"""Rows that judge answers: what each form of each format is read as, what becomes of it, and its account."""
+"""Rows that judge answers: each form of each format gives the Records written here, each fault its words."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from tunesmith.config import Config
-from tunesmith.data.formats import detect_format, read_record
-from tunesmith.data.loading import Data, load_data
+from tunesmith.data.formats import detect_format
 from tunesmith.data.preferences import read_answers
-from tunesmith.data.prepare import PreparedRow, PrepareOptions, Preparer
-from tunesmith.data.records import BadRow, RawRow, Record
-from tunesmith.errors import DataError
+from tunesmith.data.records import BadRow, Record
 
 ASK = {"role": "user", "content": "2+2?"}
 YES = {"role": "assistant", "content": "4"}
@@ -218,7 +209,7 @@ def test_equal_scores_make_no_pair() -> None:
         ),
         (
             {"prompt": [ASK], "chosen": YES, "rejected": ASK},
-            "prompt_differs",
+            "no_fork: chosen is rejected with more turns behind it; expected two answers to one prompt",
         ),
         (
             {"prompt": [BRIEF, ASK], "chosen": [ASK, YES], "rejected": "5"},
@@ -253,13 +244,13 @@ def test_equal_scores_make_no_pair() -> None:
         ),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c", "system": "Be brief."},
-            "not_a_list: the row has system, but its prompt and answers are strings, for which no template is "
-            "used; expected prompt to be a list of messages",
+            "not_a_list: the row has system, but its prompt and answers are strings, for which no template "
+            "is used; expected prompt to be a list of messages",
         ),
     ],
 )
 def test_a_bad_pair_is_named_with_what_was_found_and_expected(row: dict[str, Any], said: str) -> None:
-    assert bad(row).startswith(said) if said == "prompt_differs" else bad(row) == said
+    assert bad(row) == said
 
 
 @pytest.mark.parametrize(

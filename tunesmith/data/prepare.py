@@ -111,7 +111,7 @@ class Preparer:
         Raises TemplateError if the template or tokenizer makes exact targets impossible for any row."""
         if self.options.format == "text":
             return self._prepare_texts(rows)
-        drafts_of_rows: list[tuple[_Draft, ...] | BadRow] = []
+        drafts_of_rows: list[tuple[list[_Draft], tuple[str, ...]] | BadRow] = []
         for row in rows:
             try:
                 drafts_of_rows.append(self._drafts(row))
@@ -119,19 +119,19 @@ class Preparer:
                 drafts_of_rows.append(problem)
         texts = [
             text
-            for drafts in drafts_of_rows
-            if not isinstance(drafts, BadRow)
-            for draft in drafts
+            for found in drafts_of_rows
+            if not isinstance(found, BadRow)
+            for draft in found[0]
             for text in draft.texts
         ]
         encoded = iter(self.encoder.encode(texts))
         outcomes = []
-        for row, drafts in zip(rows, drafts_of_rows, strict=True):
-            if isinstance(drafts, BadRow):
-                outcomes.append(PreparedRow(row.place, problem=drafts))
+        for row, found in zip(rows, drafts_of_rows, strict=True):
+            if isinstance(found, BadRow):
+                outcomes.append(PreparedRow(row.place, problem=found))
                 continue
+            drafts, notes = found
             answers = [self._examples_of(row.place, draft, encoded) for draft in drafts]
-            notes = tuple(note for draft in drafts for note in draft.notes)
             is_chat = any(draft.record.is_chat for draft in drafts)
             outcomes.append(self._fit(row.place, answers, notes, is_chat=is_chat))
         return outcomes
@@ -182,7 +182,8 @@ class Preparer:
         """The texts of one row, in the order `prepare` makes examples of them; nothing is cut or dropped.
 
         Raises BadRow and TemplateError as rendering does."""
-        return [trace for draft in self._drafts(row) for trace in self._traces(draft)]
+        drafts, _ = self._drafts(row)
+        return [trace for draft in drafts for trace in self._traces(draft)]
 
     def _traces(self, draft: _Draft) -> list[Trace]:
         traces = []
@@ -222,8 +223,8 @@ class Preparer:
 
     # --- rendering
 
-    def _drafts(self, row: RawRow) -> tuple[_Draft, ...]:
-        """One, or one for each answer of a preference row."""
+    def _drafts(self, row: RawRow) -> tuple[list[_Draft], tuple[str, ...]]:
+        """One, or one for each answer of a preference row; and the notes of all."""
         values, format, columns = decode(row), self.options.format, self.options.columns
         if self._judges_answers:
             records, notes = read_answers(values, format, columns)
@@ -231,9 +232,10 @@ class Preparer:
             record, notes = read_record(values, format, columns)
             records = (record,)
         try:
-            return tuple(self._draft_of(record, notes) for record in records)
+            drafts = [self._draft_of(record, ()) for record in records]
         except TemplateError as error:
             raise TemplateError(f"{row.place}: {error}") from error
+        return drafts, notes + tuple(note for draft in drafts for note in draft.notes)
 
     def _draft_of(self, record: Record, notes: tuple[str, ...]) -> _Draft:
         return self._conversation(record, notes) if record.is_chat else self._raw_text(record, notes)
