@@ -186,7 +186,7 @@ def test_each_target_of_a_side_is_of_that_sides_answers_and_all_of_them_are(
 @given(texts=st.tuples(*[st.text(min_size=1, max_size=20).filter(str.strip)] * 3))
 def test_the_prompts_tokens_are_the_same_in_both_answers(texts: Any, tiny_tokenizer: Any) -> None:
     outcome = prepared(tiny_tokenizer, pair(texts[1], texts[2], prompt=texts[0]))
-    if outcome.pairs_left_out:
+    if outcome.pairs != ("",):
         assert texts[1] == texts[2]
         return
     assert outcome.problem is None
@@ -255,13 +255,13 @@ def length(tokenizer: Any, answer: str) -> int:
 def test_equal_answers_are_left_out_and_stop_nothing(row: Any, format: str, tiny_tokenizer: Any) -> None:
     outcome = prepared(tiny_tokenizer, row, format)
     assert (outcome.problem, outcome.examples) == (None, ())
-    assert outcome.pairs_left_out == ("identical_answers",)
+    assert outcome.pairs == ("identical_answers",)
 
 
 def test_answers_that_the_template_makes_equal_are_left_out(tiny_tokenizer: Any) -> None:
-    assert prepared(tiny_tokenizer, pair("b", "b ")).pairs_left_out == ()
+    assert prepared(tiny_tokenizer, pair("b", "b ")).pairs == ("",)
     tiny_tokenizer.chat_template = tiny_tokenizer.chat_template.replace("m.content", "m.content.strip()")
-    assert prepared(tiny_tokenizer, pair("b", "b ")).pairs_left_out == ("identical_answers",)
+    assert prepared(tiny_tokenizer, pair("b", "b ")).pairs == ("identical_answers",)
 
 
 @pytest.mark.parametrize("too_long", ["drop", "truncate"])
@@ -272,7 +272,7 @@ def test_a_pair_of_which_one_answer_is_too_long_goes_whole(too_long: str, tiny_t
     limit = short if too_long == "drop" else prompt
     outcome = prepared(tiny_tokenizer, row, too_long=too_long, max_length=limit)
     assert outcome.examples == ()
-    assert outcome.pairs_left_out == ("too_long",)
+    assert outcome.pairs == ("too_long",)
     assert outcome.too_long == ((long, long - prompt), (short, 3))
     whole = prepared(tiny_tokenizer, row, too_long=too_long, max_length=long)
     assert [len(example.input_ids) for example in whole.examples] == [long, short]
@@ -290,7 +290,7 @@ def test_a_cut_pair_is_kept_if_it_still_differs(tiny_tokenizer: Any) -> None:
     assert all(example.num_cut_tokens and example.num_cut_targets for example in kept.examples)
     gone = prepared(tiny_tokenizer, row, too_long="truncate", max_length=differs)
     assert gone.examples == ()
-    assert gone.pairs_left_out == ("same_after_cut",)
+    assert gone.pairs == ("same_after_cut",)
     assert gone.too_long == tuple((len(e.input_ids), e.num_targets) for e in whole.examples)
 
 
@@ -310,12 +310,12 @@ def test_a_labelled_answer_of_several_examples_is_kept_whole_or_not_at_all(tiny_
 def test_the_rest_of_a_ranking_stays_when_one_pair_of_it_goes(tiny_tokenizer: Any) -> None:
     row = {"prompt": [user("a")], "answers": ["b", "c", "b"], "scores": [3, 2, 1]}
     outcome = prepared(tiny_tokenizer, row, "ranked")
-    assert outcome.pairs_left_out == ("identical_answers",)
+    assert outcome.pairs == ("", "identical_answers", "")
     said = [(e.side, targets(tiny_tokenizer, e)[0], e.margin) for e in outcome.examples]
     assert said == [(0, "b", 1), (1, "c", 1), (0, "c", 1), (1, "b", 1)]
     tied = prepared(tiny_tokenizer, row | {"scores": [1, 1, 1]}, "ranked")
     assert (tied.problem, tied.examples, tied.too_long) == (None, (), ())
-    assert tied.pairs_left_out == ("no_better_answer",)
+    assert tied.pairs == ("no_better_answer",)
 
 
 # --- loading

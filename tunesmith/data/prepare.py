@@ -46,8 +46,8 @@ class PrepareOptions:
 @dataclass(frozen=True, slots=True)
 class PreparedRow:
     """What became of one row: its examples, or why it has none. `too_long` holds (tokens, targets) of each
-    example that `too_long: drop` left out, `pairs_left_out` why each pair was that is. `text_bytes`: of raw
-    text, as UTF-8. `stream` says where a stream
+    example that `too_long: drop` left out. `pairs` says of each pair why it was left out, or nothing if it is
+    kept. `text_bytes`: of raw text, as UTF-8. `stream` says where a stream
     can be taken up to get at this row (rows.py). `counts` is there for a block of a stream, whose examples
     are of many rows: the account of those that were not counted with an earlier block."""
 
@@ -55,7 +55,7 @@ class PreparedRow:
     examples: tuple[Example, ...] = ()
     problem: BadRow | None = None
     too_long: tuple[tuple[int, int], ...] = ()
-    pairs_left_out: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     text_bytes: int = 0
     stream: dict[str, Any] | None = None
@@ -374,7 +374,7 @@ class Preparer:
             return PreparedRow(place, problem=problem, notes=notes)
         kept: list[Example] = []
         too_long: list[tuple[int, int]] = []
-        left_out = [] if answers else ["no_better_answer"]
+        pairs = [] if answers else ["no_better_answer"]
         for group in self._kept_together(answers):
             fitted = [[self._cut(example) for example in answer] for answer in group]
             is_pair = len(group) == 2
@@ -385,16 +385,14 @@ class Preparer:
                 reason = "too_long"
             elif is_pair and _are_equal(*([piece for [piece] in answer] for answer in fitted)):
                 reason = "same_after_cut"
-            if reason and is_pair:
-                left_out.append(reason)
+            if is_pair:
+                pairs.append(reason)
             if not reason:
                 kept += [piece for answer in fitted for pieces in answer for piece in pieces]
             elif reason != "identical_answers":
                 too_long += [(len(e.input_ids), e.num_targets) for answer in group for e in answer]
         notes += tuple(note for example in examples for note in example.notes)
-        return PreparedRow(
-            place, tuple(kept), too_long=tuple(too_long), pairs_left_out=tuple(left_out), notes=notes
-        )
+        return PreparedRow(place, tuple(kept), too_long=tuple(too_long), pairs=tuple(pairs), notes=notes)
 
     def _kept_together(self, answers: list[list[Example]]) -> list[list[list[Example]]]:
         """What is trained as a whole or not at all: each example by itself or, of a preference row, the

@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
-from tunesmith.data.formats import PREFERENCE_FORMATS
 from tunesmith.data.preferences import PAIR_REASONS
 from tunesmith.data.prepare import PreparedRow
 from tunesmith.errors import DataError
@@ -105,11 +103,10 @@ class SourceReport:
         if self.format == "labelled":
             self.desirable += bool(row.examples) and row.examples[0].side == 0
             self.undesirable += bool(row.examples) and row.examples[0].side == 1
-        elif self.format in PREFERENCE_FORMATS:
-            sides = [1, *(example.side for example in row.examples)]
-            self.pairs += sum(side < before for before, side in pairwise(sides))
-            self.pairs_left_out.update(row.pairs_left_out)
-            for reason in row.pairs_left_out:
+        for reason in row.pairs:
+            self.pairs += not reason
+            if reason:
+                self.pairs_left_out[reason] += 1
                 _list(self.left_out, row.place, reason, PAIR_REASONS[reason])
 
     def merge(self, other: SourceReport) -> None:
