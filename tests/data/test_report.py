@@ -256,6 +256,7 @@ def test_a_row_of_many_examples_is_counted_once_and_its_examples_each() -> None:
         "text_bytes": 0, "rows_split": 0, "pieces": 0,
         "examples_cut": 2, "tokens_cut": 12, "target_tokens_cut": 10,
         "examples_too_long": 3, "tokens_too_long": 90, "target_tokens_too_long": 9, "not_listed": 0,
+        "pairs": 0, "rows_without_pair": 0, "desirable": 0, "undesirable": 0,
     }  # fmt: skip
     assert values["notes"] == {"x": 2}
     assert [entry["place"] for entry in values["shortened"]] == ["a:3", "a:3", "a:3", "a:4", "a:4"]

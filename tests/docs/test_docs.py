@@ -21,7 +21,8 @@ from tunesmith.config.methods import METHODS
 from tunesmith.config.schema import Format, ModelConfig, TrackingConfig, TrainConfig
 from tunesmith.data import formats
 from tunesmith.data.decode import parse_json
-from tunesmith.data.formats import detect_format, read_record
+from tunesmith.data.formats import PREFERENCE_FORMATS, detect_format, read_record
+from tunesmith.data.preferences import PAIR_REASONS, read_answers
 from tunesmith.data.report import SourceReport
 from tunesmith.data.sources import ENDINGS
 from tunesmith.data.templates import TrainOn, turn_weights
@@ -120,11 +121,23 @@ def test_each_format_has_a_row_that_is_found_to_be_of_it_and_is_read(name: str) 
     )
     assert "\n" not in row
     values = parse_json(row)
-    assert detect_format([values], "docs/data.md") == name
+    is_preference = name in PREFERENCE_FORMATS
+    assert detect_format([values], "docs/data.md", of_preferences=is_preference) == name
+    if is_preference:
+        records, notes = read_answers(values, name, {})
+        assert [record.weights for record in records] == [(0, 1)] * len(records)
+        assert {"pairs": 2, "labelled": 1, "ranked": 6}[name] == len(records)
+        assert notes == ()
+        return
     record, notes = read_record(values, name, {})
     if record.is_chat:
         assert turn_weights(record, "assistant")[-1] == 1
     assert set(notes) <= {"tools_wrapped"}
+
+
+def test_the_table_of_pairs_that_are_left_out_has_every_reason() -> None:
+    (table,) = tables("docs/data.md", "Pairs that are left out")
+    assert first_cells(table) == list(PAIR_REASONS)
 
 
 def test_the_table_of_sources_has_every_ending() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
@@ -33,7 +34,7 @@ class Previewer:
     """Runs preview on rows in a file, with a tokenizer saved beside it."""
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
-        self.folder, self.tokenizer = folder, tokenizer
+        self.folder, self.tokenizer, self.recipe = folder, tokenizer, "sft"
 
     def config(self, rows: list[Any], **data: Any) -> Config:
         file = self.folder / "rows.jsonl"
@@ -41,7 +42,11 @@ class Previewer:
         file.write_text("\n".join(lines) + "\n", encoding="utf-8")
         self.tokenizer.save_pretrained(self.folder / "model")
         return load_config(
-            {"model": {"path": str(self.folder / "model")}, "data": {"train": str(file), **data}}
+            {
+                "run": {"recipe": self.recipe},
+                "model": {"path": str(self.folder / "model")},
+                "data": {"train": str(file), **data},
+            }
         )
 
     def plain(self, rows: list[Any], *, number: int = 9, **data: Any) -> str:
@@ -395,3 +400,111 @@ def test_qwen_rows_equal_its_own_template(
         assert line["input_ids"] == qwen_tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
         targets = [id_ for id_, target in zip(line["input_ids"], line["targets"], strict=True) if target]
         assert qwen_tokenizer.decode(targets) == row["output"] + "<|im_end|>\n"
+
+
+# --- pairs
+
+ASK = {"role": "user", "content": "2+2?"}
+
+
+def pair(chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
+    return {"prompt": [ASK], "chosen": chosen, "rejected": rejected, **more}
+
+
+PROMPT = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture
+def judged(previewer: Previewer) -> Previewer:
+    previewer.recipe = "prefer"
+    return previewer
+
+
+def drawn_parts(printed: str) -> list[str]:
+    """What is drawn under each heading, line break signs aside."""
+    parts = re.findall(r"\ntokens\n(.*?)\n\nids\n", printed, re.S)
+    return [part.replace("\u21b5\n", "\n").replace("\u21b5", "\n") for part in parts]
+
+
+def test_a_pair_has_its_prompt_once_and_then_both_answers(judged: Previewer) -> None:
+    printed = judged.plain([pair("4", "5", margin=0.5)])
+    assert drawn_parts(printed) == [PROMPT.rstrip("\n") + "\n", "[[4<|im_end|>\n]]", "[[5<|im_end|>\n]]"]
+    prompt = len(judged.tokenizer(PROMPT)["input_ids"])
+    answer = len(judged.tokenizer("4<|im_end|>\n")["input_ids"])
+    share = 100 * answer / (prompt + answer)
+    size = f"  {prompt + answer} tokens, {answer} trained ({share:.1f} %)"
+    lines = printed.splitlines()
+    assert f"  prompt of both answers: {prompt} tokens, margin 0.5" in lines
+    assert [lines[lines.index(f"  {side}") + 1] for side in ("chosen", "rejected")] == [size, size]
+    assert lines.count("  ids equal apply_chat_template") == 2
+    assert "1 row shown: 1 kept, 0 too long, 0 bad; 1 pair, 2 examples" in printed
+
+
+def test_pairs_that_are_left_out_are_shown_as_cut_with_the_reason(judged: Previewer) -> None:
+    short = len(judged.tokenizer(PROMPT + "4<|im_end|>\n")["input_ids"])
+    printed = judged.plain([pair("4", "4"), pair("4 " * 40, "5")], max_length=short)
+    assert printed.count("  left out: both answers are the same\n") == 2
+    assert printed.count("data.max_length=") == 2
+    assert f"  left out with the other answer, which is over data.max_length={short}\n" in printed
+    assert marked(printed) == ["trained"]
+    assert "left out 1 pair: an answer is over data.max_length" in printed
+
+
+def test_the_pairs_of_a_ranking_are_numbered_and_what_was_left_out_is_told_from_the_rest(
+    judged: Previewer,
+) -> None:
+    row = {"prompt": [ASK], "answers": ["4", "4", "5"]}
+    printed = judged.plain([row, row | {"scores": [1, 1, 1]}])
+    lines = [line.strip() for line in printed.splitlines()]
+    assert [line for line in lines if line.endswith((", chosen", ", rejected"))] == [
+        f"pair {number} of 3 of this row, {side}" for number in (1, 2, 3) for side in ("chosen", "rejected")
+    ]
+    assert [part.strip("[]{}")[0] for part in drawn_parts(printed)[1::3]] == ["4", "4", "4"]
+    assert [part[:2] for part in drawn_parts(printed)] == ["{{", "{{", "{{", *["<|", "[[", "[["] * 2]
+    assert "left out: no answer of the row is better than another" in lines
+
+
+def test_answers_that_a_template_expands_are_shown_text_by_text(judged: Previewer) -> None:
+    judged.tokenizer.chat_template = HISTORY_DROPS_THOUGHTS
+    thought = {"role": "assistant", "content": "<think>two</think>4"}
+    row = {"prompt": [ASK], "chosen": [thought, ASK, thought], "rejected": "5"}
+    printed = judged.plain([row])
+    for number, side in enumerate(("chosen", "chosen", "rejected"), 1):
+        assert f"  example {number} of 3 of this row, {side}\n" in printed
+    assert marked(printed)[1:] == [*["<think>two</think>4<|im_end|>\n"] * 2, "5<|im_end|>\n"]
+
+
+def test_json_of_judged_answers_has_the_side_and_the_row_of_the_run(
+    judged: Previewer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranked = {"prompt": [ASK], "answers": ["4", "4", "5"], "scores": [3, 2, 0]}
+    for rows, expected in (
+        ([pair("4", "5"), pair("4", "4"), pair("5", "4")], [(1, 0, 0), (1, 1, 0), (3, 0, 1), (3, 1, 1)]),
+        (
+            [ranked, ranked],
+            [
+                (row, side, number)
+                for row, numbers in ((1, (0, 1)), (2, (2, 3)))
+                for number in numbers
+                for side in (0, 1)
+            ],
+        ),
+        ([CHAT | {"label": False}, CHAT | {"label": True}], [(1, 1, 0), (2, 0, 1)]),
+    ):
+        preview(judged.config(rows), rows=9, html=None, as_json=True)
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        found = [(int(line["row"].rpartition(":")[2]), line["side"], line["pair"]) for line in lines]
+        assert found == expected
+        for line in lines:
+            targets = [id_ for id_, target in zip(line["input_ids"], line["targets"], strict=True) if target]
+            assert judged.tokenizer.decode(targets).endswith("<|im_end|>\n")
+
+
+def test_the_page_has_the_prompt_once_and_each_answer_under_its_side(judged: Previewer) -> None:
+    content = judged.page([pair("four", "five")])
+    headings = re.findall(r"<h3>(.*?)</h3>", content)
+    assert [heading.split(":")[0] for heading in headings] == ["Prompt of both answers", "Chosen", "Rejected"]
+    drawn = re.findall(r'<div class="tokens" dir="auto">(.*?)</div>', content, re.S)
+    texts = [html.unescape(re.sub(r"<[^>]*>", "", part)).replace("\u21b5\n", "\n") for part in drawn]
+    assert texts == [PROMPT, "four<|im_end|>\n", "five<|im_end|>\n"]
+    assert ['class="t"' in part for part in drawn] == [False, True, True]

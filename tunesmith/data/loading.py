@@ -149,13 +149,26 @@ def load_data(
     if data.valid is not None and not data.valid.num_rows:
         raise DataError("data.valid: no row is left to evaluate on. " + _account(data.valid.reports))
     if isinstance(data.train.rows, CachedRows):
-        seen = data.train.rows.fingerprints()
+        seen = _fingerprints(data.train, config)
         data.duplicates = len(seen) - len(np.unique(seen))
         if data.valid is not None and isinstance(data.valid.rows, CachedRows):
-            data.overlap = int(np.isin(data.valid.rows.fingerprints(), seen).sum())
+            data.overlap = int(np.isin(_fingerprints(data.valid, config), seen).sum())
     if config.run.recipe == "prefer":
         return _in_answers(data, config)
     return _in_blocks(data, config) if config.run.recipe == "pretrain" else data
+
+
+def _fingerprints(rows: RowSet, config: Config) -> NDArray[np.uint64]:
+    """Of each example; of each row where answers are judged, since one answer stands in many pairs."""
+    assert isinstance(rows.rows, CachedRows)
+    found = rows.rows.fingerprints()
+    if config.run.recipe != "prefer" or not len(found):
+        return found
+    starts = rows.row_starts
+    number_in_row = np.arange(len(found)) - np.repeat(starts[:-1], np.diff(starts))
+    # Odd factors keep the order apart: chosen and rejected are not what rejected and chosen are.
+    factors = (4 * number_in_row + 2 * rows.rows.column("side") + 1).astype(np.uint64)
+    return np.add.reduceat(found * factors, starts[:-1])
 
 
 # --- answers that are judged
@@ -403,12 +416,26 @@ def _row_ends(row_of: NDArray[np.int64], side_of: NDArray[np.int8]) -> NDArray[n
 
 
 def _split(rows: RowSet, fraction: float, seed: int) -> tuple[RowSet, RowSet]:
-    """Two row sets: the rest, and `fraction` of the rows (at least one), drawn by the seed."""
-    drawn = np.random.default_rng([seed, 0x5EED]).permutation(rows.num_rows)
-    is_valid = np.zeros(rows.num_rows, dtype=bool)
-    is_valid[drawn[: max(1, round(fraction * rows.num_rows))]] = True
+    """Two row sets: the rest, and `fraction` of the files' rows (at least one), drawn by the seed."""
+    file_row = _file_rows(rows)
+    num_file_rows = int(file_row[-1]) + 1 if len(file_row) else 0
+    drawn = np.random.default_rng([seed, 0x5EED]).permutation(num_file_rows)
+    is_drawn = np.zeros(num_file_rows, dtype=bool)
+    is_drawn[drawn[: max(1, round(fraction * num_file_rows))]] = True
+    is_valid = is_drawn[file_row]
     # The account of the sources stays with the training rows: they were read once.
     return _take(rows, ~is_valid, rows.reports), _take(rows, is_valid, [])
+
+
+def _file_rows(rows: RowSet) -> NDArray[np.int64]:
+    """The kept row of the files that each row is of, counted from 0: the pairs of one ranking have one
+    prompt, which must not be trained and evaluated on."""
+    if not isinstance(rows.rows, CachedRows):
+        return np.arange(rows.num_rows)
+    row_of = rows.rows.column("row")[rows.row_starts[:-1]]
+    is_first = np.append(True, np.diff(row_of) != 0)[: rows.num_rows]
+    is_first[[start for start, end, _ in rows.bounds if start < end]] = True
+    return np.cumsum(is_first) - 1
 
 
 def _take(rows: RowSet, chosen: NDArray[np.bool_], reports: list[SourceReport]) -> RowSet:

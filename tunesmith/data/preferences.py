@@ -49,6 +49,13 @@ _CHATS = ("messages", "conversations", "conversation")
 # Columns that may hold what precedes the answers; the first that is there does.
 _PROMPTS = ("prompt", "conversations", "conversation", "messages", "instruction")
 _ANSWERS = ("answers", "responses", "completions")
+# Why a pair is left out, for reports; the Preparer finds it.
+PAIR_REASONS = {
+    "identical_answers": "both answers are the same",
+    "same_after_cut": "the answers differ only past data.max_length",
+    "too_long": "an answer is over data.max_length",
+    "no_better_answer": "no answer of the row is better than another",
+}
 # Tables of text write a truth value as a word.
 _LABELS = {"true": True, "1": True, "desirable": True, "false": False, "0": False, "undesirable": False}
 
@@ -105,6 +112,8 @@ def _read_ranked(row: dict[str, Any], notes: set[str]) -> tuple[Record, ...]:
     tools = read_tools(row, notes)
     records: list[Record] = []
     best_first = sorted(range(len(values)), key=lambda i: -scores[i])
+    if len(set(scores)) < len(scores):
+        notes.add("tied_answers")
     for i, j in combinations(best_first, 2):
         if scores[i] > scores[j]:
             margin = scores[i] - scores[j] if has_scores else 0.0

@@ -46,8 +46,8 @@ class PrepareOptions:
 @dataclass(frozen=True, slots=True)
 class PreparedRow:
     """What became of one row: its examples, or why it has none. `too_long` holds (tokens, targets) of each
-    example that `too_long: drop` left out, `pairs_left_out` why each pair was that is. `text_bytes`: of raw
-    text, as UTF-8. `stream` says where a stream
+    example that `too_long: drop` left out. `pairs` says of each pair why it was left out, or nothing if it is
+    kept. `text_bytes`: of raw text, as UTF-8. `stream` says where a stream
     can be taken up to get at this row (rows.py). `counts` is there for a block of a stream, whose examples
     are of many rows: the account of those that were not counted with an earlier block. `reference`: the
     log-probability that a reference model gives each target of the examples in turn, NaN where it was not
@@ -57,7 +57,7 @@ class PreparedRow:
     examples: tuple[Example, ...] = ()
     problem: BadRow | None = None
     too_long: tuple[tuple[int, int], ...] = ()
-    pairs_left_out: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     text_bytes: int = 0
     stream: dict[str, Any] | None = None
@@ -115,7 +115,7 @@ class Preparer:
         Raises TemplateError if the template or tokenizer makes exact targets impossible for any row."""
         if self.options.format == "text":
             return self._prepare_texts(rows)
-        drafts_of_rows: list[tuple[_Draft, ...] | BadRow] = []
+        drafts_of_rows: list[tuple[list[_Draft], tuple[str, ...]] | BadRow] = []
         for row in rows:
             try:
                 drafts_of_rows.append(self._drafts(row))
@@ -123,19 +123,19 @@ class Preparer:
                 drafts_of_rows.append(problem)
         texts = [
             text
-            for drafts in drafts_of_rows
-            if not isinstance(drafts, BadRow)
-            for draft in drafts
+            for found in drafts_of_rows
+            if not isinstance(found, BadRow)
+            for draft in found[0]
             for text in draft.texts
         ]
         encoded = iter(self.encoder.encode(texts))
         outcomes = []
-        for row, drafts in zip(rows, drafts_of_rows, strict=True):
-            if isinstance(drafts, BadRow):
-                outcomes.append(PreparedRow(row.place, problem=drafts))
+        for row, found in zip(rows, drafts_of_rows, strict=True):
+            if isinstance(found, BadRow):
+                outcomes.append(PreparedRow(row.place, problem=found))
                 continue
+            drafts, notes = found
             answers = [self._examples_of(row.place, draft, encoded) for draft in drafts]
-            notes = tuple(note for draft in drafts for note in draft.notes)
             is_chat = any(draft.record.is_chat for draft in drafts)
             outcomes.append(self._fit(row.place, answers, notes, is_chat=is_chat))
         return outcomes
@@ -186,7 +186,8 @@ class Preparer:
         """The texts of one row, in the order `prepare` makes examples of them; nothing is cut or dropped.
 
         Raises BadRow and TemplateError as rendering does."""
-        return [trace for draft in self._drafts(row) for trace in self._traces(draft)]
+        drafts, _ = self._drafts(row)
+        return [trace for draft in drafts for trace in self._traces(draft)]
 
     def _traces(self, draft: _Draft) -> list[Trace]:
         traces = []
@@ -226,8 +227,8 @@ class Preparer:
 
     # --- rendering
 
-    def _drafts(self, row: RawRow) -> tuple[_Draft, ...]:
-        """One, or one for each answer of a preference row."""
+    def _drafts(self, row: RawRow) -> tuple[list[_Draft], tuple[str, ...]]:
+        """One, or one for each answer of a preference row; and the notes of all."""
         values, format, columns = decode(row), self.options.format, self.options.columns
         if self._judges_answers:
             records, notes = read_answers(values, format, columns)
@@ -235,9 +236,10 @@ class Preparer:
             record, notes = read_record(values, format, columns)
             records = (record,)
         try:
-            return tuple(self._draft_of(record, notes) for record in records)
+            drafts = [self._draft_of(record, ()) for record in records]
         except TemplateError as error:
             raise TemplateError(f"{row.place}: {error}") from error
+        return drafts, notes + tuple(note for draft in drafts for note in draft.notes)
 
     def _draft_of(self, record: Record, notes: tuple[str, ...]) -> _Draft:
         return self._conversation(record, notes) if record.is_chat else self._raw_text(record, notes)
@@ -376,7 +378,7 @@ class Preparer:
             return PreparedRow(place, problem=problem, notes=notes)
         kept: list[Example] = []
         too_long: list[tuple[int, int]] = []
-        left_out: list[str] = []
+        pairs = [] if answers else ["no_better_answer"]
         for group in self._kept_together(answers):
             fitted = [[self._cut(example) for example in answer] for answer in group]
             is_pair = len(group) == 2
@@ -387,16 +389,14 @@ class Preparer:
                 reason = "too_long"
             elif is_pair and _are_equal(*([piece for [piece] in answer] for answer in fitted)):
                 reason = "same_after_cut"
-            if reason and is_pair:
-                left_out.append(reason)
+            if is_pair:
+                pairs.append(reason)
             if not reason:
                 kept += [piece for answer in fitted for pieces in answer for piece in pieces]
             elif reason != "identical_answers":
                 too_long += [(len(e.input_ids), e.num_targets) for answer in group for e in answer]
         notes += tuple(note for example in examples for note in example.notes)
-        return PreparedRow(
-            place, tuple(kept), too_long=tuple(too_long), pairs_left_out=tuple(left_out), notes=notes
-        )
+        return PreparedRow(place, tuple(kept), too_long=tuple(too_long), pairs=tuple(pairs), notes=notes)
 
     def _kept_together(self, answers: list[list[Example]]) -> list[list[list[Example]]]:
         """What is trained as a whole or not at all: each example by itself or, of a preference row, the

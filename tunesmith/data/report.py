@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunesmith.data.preferences import PAIR_REASONS
 from tunesmith.data.prepare import PreparedRow
 from tunesmith.errors import DataError
 
@@ -18,12 +19,15 @@ _MAX_LISTED = 10_000
 class SourceReport:
     """Counts of one source. For any input
 
-        rows_read = rows_kept + rows_bad + rows_too_long
+        rows_read = rows_kept + rows_bad + rows_too_long + rows_without_pair
 
     where a row is kept if one of its examples is. `tokens` and `target_tokens` are what is trained on;
     `text_bytes` the UTF-8 bytes of kept raw text; `pieces` the examples that `too_long: split` made of
     `rows_split` rows; `..._cut` what `too_long: truncate` took from kept examples; `..._too_long` what was
-    left out with whole examples."""
+    left out with whole examples.
+
+    Of preference rows: `pairs` and `pairs_left_out` by reason; `rows_without_pair` have no two answers that
+    differ; `desirable` and `undesirable` are answers with a label."""
 
     path: str
     format: str
@@ -45,10 +49,16 @@ class SourceReport:
     examples_too_long: int = 0
     tokens_too_long: int = 0
     target_tokens_too_long: int = 0
+    pairs: int = 0
+    rows_without_pair: int = 0
+    desirable: int = 0
+    undesirable: int = 0
+    pairs_left_out: Counter[str] = field(default_factory=Counter)
     bad_by_reason: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     bad: list[dict[str, str]] = field(default_factory=list)
     shortened: list[dict[str, str]] = field(default_factory=list)
+    left_out: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, row: PreparedRow) -> None:
         """Count one row, or the rows that a block of a stream stands for."""
@@ -67,7 +77,9 @@ class SourceReport:
         if self.format == "text" and len(row.examples) > 1:
             self.rows_split += 1
             self.pieces += len(row.examples)
-        self.rows_too_long += not row.examples
+        self.rows_too_long += bool(row.too_long) and not row.examples
+        self.rows_without_pair += not row.too_long and not row.examples
+        self._add_judged(row)
         for tokens, targets in row.too_long:
             self.examples_too_long += 1
             self.tokens_too_long += tokens
@@ -85,6 +97,17 @@ class SourceReport:
                 lost = f"{example.num_cut_tokens} tokens cut, {example.num_cut_targets} of them targets"
                 _list(self.shortened, row.place, "cut", lost)
         self.rows_cut += any(example.num_cut_tokens for example in row.examples)
+
+    def _add_judged(self, row: PreparedRow) -> None:
+        """Count the pairs or labelled answers of a preference row."""
+        if self.format == "labelled":
+            self.desirable += bool(row.examples) and row.examples[0].side == 0
+            self.undesirable += bool(row.examples) and row.examples[0].side == 1
+        for reason in row.pairs:
+            self.pairs += not reason
+            if reason:
+                self.pairs_left_out[reason] += 1
+                _list(self.left_out, row.place, reason, PAIR_REASONS[reason])
 
     def merge(self, other: SourceReport) -> None:
         """Add the counts of another part of the same source."""
@@ -135,26 +158,36 @@ class SourceReport:
             )
             if count
         ]
+        if self.pairs or self.pairs_left_out:
+            parts.insert(1, f"{self.pairs:,} pairs")
+        if self.desirable or self.undesirable:
+            parts.insert(1, f"{self.desirable:,} desirable and {self.undesirable:,} undesirable answers")
+        parts += [
+            f"{count:,} pairs left out: {PAIR_REASONS[reason]}"
+            for reason, count in self.pairs_left_out.most_common()
+        ]
+        if self.rows_without_pair:
+            parts.append(f"{self.rows_without_pair:,} rows without a pair")
         notes = [f"{note.replace('_', ' ')}: {count:,} rows" for note, count in self.notes.most_common()]
         return [f"{self.path}: {line}" for line in ("; ".join(parts), *notes)]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON; `not_listed` are the entries that `bad` and `shortened` had no room for."""
+        """Plain JSON; `not_listed` are the entries that `bad`, `shortened` and `left_out` had no room for."""
         values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-        num_entries = self.rows_bad + self.examples_too_long + self.examples_cut
+        num_entries = self.rows_bad + self.examples_too_long + self.examples_cut + self.pairs_left_out.total()
         return values | {
+            "pairs_left_out": dict(self.pairs_left_out),
             "bad_by_reason": dict(self.bad_by_reason),
             "notes": dict(self.notes),
-            "not_listed": num_entries - len(self.bad) - len(self.shortened),
+            "not_listed": num_entries - len(self.bad) - len(self.shortened) - len(self.left_out),
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SourceReport:
         """The inverse of `as_dict`."""
         values = {key: value for key, value in values.items() if key != "not_listed"}
-        return cls(
-            **values | {"bad_by_reason": Counter(values["bad_by_reason"]), "notes": Counter(values["notes"])}
-        )
+        counted = ("pairs_left_out", "bad_by_reason", "notes")
+        return cls(**values | {key: Counter(values[key]) for key in counted})
 
 
 def _list(entries: list[dict[str, str]], place: str, what: str, detail: str) -> None:

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.text import Text
 
 from tunesmith.config import Config
+from tunesmith.data.preferences import PAIR_REASONS
 from tunesmith.data.report import SourceReport
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.errors import ConfigError, DataError
@@ -85,15 +86,18 @@ def _draw(shown: Sequence[ShownRow], console: Console) -> None:
             _print(console, Text(f"  {row.problem}", "" if is_plain else "bold #d55e00"))
         if row.notes:
             _print(console, Text(f"  notes: {', '.join(row.notes)}"))
-        for i, text in enumerate(row.texts, 1):
-            if len(row.texts) > 1:
-                _print(console, Text("\n" * (i > 1) + f"  example {i} of {len(row.texts)} of this row"))
-            for line in filter(None, (text.size, text.verdict, text.parity)):
-                _print(console, Text(f"  {line}"))
-            drawn = _drawn_plainly(text, marks) if marks else _drawn(text)
+        for i, shown_part in enumerate(row.parts()):
+            text, part = shown_part.text, shown_part.part
+            if shown_part.heading:
+                _print(console, Text("\n" * (i > 0) + f"  {shown_part.heading}"))
+            if shown_part.has_facts:
+                for line in filter(None, (text.size, text.verdict, text.parity)):
+                    _print(console, Text(f"  {line}"))
+            drawn = _drawn_plainly(text, marks, part) if marks else _drawn(text, part)
             label = "" if is_plain else "italic"
-            ids = _drawn_ids(text, is_plain)
-            for name, body in (("tokens", drawn), ("ids", ids), ("text", Text(_harmless(text.whole_text)))):
+            ids = _drawn_ids(text, is_plain, part)
+            spelled = Text(_harmless("".join(text.spelled[part])))
+            for name, body in (("tokens", drawn), ("ids", ids), ("text", spelled)):
                 _print(
                     console,
                     Text.assemble((f"\n{name}\n", label), body),
@@ -126,9 +130,9 @@ def _legend(marks: dict[State, tuple[str, str]] | None) -> Text:
     return legend.append(" weight, where it is not 1; a change of shade is a token's end")
 
 
-def _drawn(text: ShownText) -> Text:
+def _drawn(text: ShownText, part: slice) -> Text:
     drawn = Text()
-    for start, end, state, weight in text.runs():
+    for start, end, state, weight in text.runs(part):
         if state == "trained" and weight != 1:
             drawn.append(f" x{weight:g} ", "reverse")
         for i in range(start, end):
@@ -140,9 +144,9 @@ def _drawn(text: ShownText) -> Text:
     return drawn
 
 
-def _drawn_plainly(text: ShownText, marks: dict[State, tuple[str, str]]) -> Text:
+def _drawn_plainly(text: ShownText, marks: dict[State, tuple[str, str]], part: slice) -> Text:
     drawn = ""
-    for start, end, state, weight in text.runs():
+    for start, end, state, weight in text.runs(part):
         run = "".join(glyph for glyph, _ in visible(join_pieces(text.pieces[start:end])))
         opening, closing = marks.get(state, ("", ""))
         if state == "trained" and weight != 1:
@@ -153,9 +157,9 @@ def _drawn_plainly(text: ShownText, marks: dict[State, tuple[str, str]]) -> Text
     return Text(drawn)
 
 
-def _drawn_ids(text: ShownText, is_plain: bool) -> Text:
+def _drawn_ids(text: ShownText, is_plain: bool, part: slice) -> Text:
     drawn = Text()
-    for start, end, state, _ in text.runs():
+    for start, end, state, _ in text.runs(part):
         drawn.append(" ".join(map(str, text.ids[start:end])), "" if is_plain else _STYLES[state][0])
         drawn.append(" ")
     return drawn
@@ -179,23 +183,26 @@ def _print_json(shown: Sequence[ShownRow], say: Callable[[str], None]) -> None:
                 say(f"{row.place}: {text.verdict}")
             if not text.num_kept:
                 continue
-            line = {
+            line: dict[str, Any] = {
                 "row": row.place,
                 "input_ids": text.ids[: text.num_kept],
                 "targets": [int(weight > 0) for weight in text.weights[: text.num_kept]],
                 "weights": text.weights[: text.num_kept],
                 "text": text.text,
             }
+            if text.side is not None:
+                line |= {"side": text.side, "margin": text.margin, "pair": text.pair}
             sys.stdout.write(json.dumps(line) + "\n")
 
 
 def totals(report: SourceReport) -> list[str]:
     """The account of the rows shown, in lines."""
     share = 100 * report.target_tokens / max(report.tokens, 1)
+    pairs = f"{_count(report.pairs, 'pair')}, " if report.pairs or report.pairs_left_out else ""
     lines = [
         f"{_count(report.rows_read, 'row')} shown: {report.rows_kept:,} kept, "
         f"{report.rows_too_long:,} too long, {report.rows_bad:,} bad; "
-        f"{_count(report.examples, 'example')}, {_count(report.tokens, 'token')}, "
+        f"{pairs}{_count(report.examples, 'example')}, {_count(report.tokens, 'token')}, "
         f"{report.target_tokens:,} trained ({share:.1f} %)"
     ]
     if report.tokens_cut:
@@ -206,6 +213,10 @@ def totals(report: SourceReport) -> list[str]:
         lines.append(
             f"dropped {_count(report.examples_too_long, 'example')}: {dropped}, {targets:,} of them targets"
         )
+    lines += [
+        f"left out {_count(count, 'pair')}: {PAIR_REASONS[reason]}"
+        for reason, count in report.pairs_left_out.most_common()
+    ]
     return lines
 
 

@@ -95,14 +95,14 @@ def _row(number: int, row: ShownRow) -> str:
         parts.append(f'<p class="bad">{escape(row.problem)}</p>')
     if row.notes:
         parts.append(f'<p class="soft">notes: {escape(", ".join(row.notes))}</p>')
-    for i, text in enumerate(row.texts, 1):
-        if len(row.texts) > 1:
-            parts.append(f"<h3>Example {i} of {len(row.texts)} of this row</h3>")
-        parts.append(_text(text))
+    for part in row.parts():
+        if part.heading:
+            parts.append(f"<h3>{part.heading[0].upper()}{escape(part.heading[1:])}</h3>")
+        parts.append(_facts(part.text) * part.has_facts + _drawn(part.text, part.part))
     return "<section>\n" + "\n".join(parts) + "\n</section>"
 
 
-def _text(text: ShownText) -> str:
+def _facts(text: ShownText) -> str:
     share = 100 * text.num_targets / max(text.num_kept, 1)
     size = (
         f'<p>{text.size}</p><div class="bar"><div style="width:{share:.1f}%"></div></div>'
@@ -112,14 +112,19 @@ def _text(text: ShownText) -> str:
     verdict = f'<p class="bad">{escape(text.verdict)}</p>' if text.verdict else ""
     return f"""{size}{verdict}
 <p class="soft">{escape(text.parity)}</p>
-<div class="tokens" dir="auto">{_tokens(text)}</div>
-<details><summary>ids</summary><pre>{" ".join(map(str, text.ids))}</pre></details>
-<details><summary>rendered text</summary><pre dir="auto">{escape(text.whole_text)}</pre></details>"""
+"""
 
 
-def _tokens(text: ShownText) -> str:
+def _drawn(text: ShownText, part: slice) -> str:
+    spelled = escape("".join(text.spelled[part]))
+    return f"""<div class="tokens" dir="auto">{_tokens(text, part)}</div>
+<details><summary>ids</summary><pre>{" ".join(map(str, text.ids[part]))}</pre></details>
+<details><summary>rendered text</summary><pre dir="auto">{spelled}</pre></details>"""
+
+
+def _tokens(text: ShownText, part: slice) -> str:
     drawn = []
-    for start, end, state, weight in text.runs():
+    for start, end, state, weight in text.runs(part):
         if state == "trained" and weight != 1:
             drawn.append(f"<q>x{weight:g}</q>")
         for i in range(start, end):

@@ -10,20 +10,23 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import Any, Literal
 
 import numpy as np
 
 from tunesmith.config import Config
+from tunesmith.data.formats import PREFERENCE_FORMATS
 from tunesmith.data.loading import open_source
+from tunesmith.data.preferences import PAIR_REASONS
 from tunesmith.data.prepare import PreparedRow, Preparer, Trace
 from tunesmith.data.records import BadRow, Example, RawRow
 from tunesmith.data.report import SourceReport
 from tunesmith.errors import TemplateError
 
 State = Literal["trained", "context", "cut"]
+_ALL = slice(None)
 Glyphs = list[tuple[str, bool]]  # what to draw, and whether it stands for something that cannot be drawn
 
 
@@ -32,18 +35,33 @@ class ShownText:
     """One text of a row, and the example it makes.
 
     Lists have an item for each token, those cut off among them: training gets the first `num_kept`, and
-    they spell `text`. `pieces` are what the tokens spell one by one, a byte that is no whole character being
-    a surrogate, U+DC80 and up. `verdict` says what `too_long` took, `parity` how the ids compare with those
-    of apply_chat_template."""
+    they spell `text`. `spelled` is each token's share of the text; `pieces` are what the tokens spell one by
+    one, a byte that is no whole character being a surrogate, U+DC80 and up. `verdict` says what `too_long`
+    took, `parity` how the ids compare with those of apply_chat_template.
+
+    Of a judged answer: `side` and `margin` as in Example; `pair` is the run's row, counted from 0, that it is
+    in, None where it is left out; `num_shared` tokens at the beginning are the other answer's prompt too."""
 
     ids: list[int]
     weights: list[float]
+    spelled: list[str]
     pieces: list[str]
     num_kept: int
-    text: str
-    whole_text: str
     verdict: str
     parity: str
+    side: int | None = None
+    margin: float = 0.0
+    pair: int | None = None
+    num_shared: int = 0
+
+    @property
+    def text(self) -> str:
+        """What training gets."""
+        return "".join(self.spelled[: self.num_kept])
+
+    @property
+    def whole_text(self) -> str:
+        return "".join(self.spelled)
 
     def state(self, i: int) -> State:
         """What becomes of token i."""
@@ -63,10 +81,11 @@ class ShownText:
         share = 100 * self.num_targets / self.num_kept
         return f"{self.num_kept:,} tokens, {self.num_targets:,} trained ({share:.1f} %)"
 
-    def runs(self) -> Iterator[tuple[int, int, State, float]]:
-        """Longest ranges of tokens [start, end) with one state and, where they are trained, one weight."""
-        kinds = [(self.state(i), self.weights[i] if i < self.num_kept else 0.0) for i in range(len(self.ids))]
-        start = 0
+    def runs(self, part: slice = _ALL) -> Iterator[tuple[int, int, State, float]]:
+        """Longest ranges of tokens [start, end) with one state and, where they are trained, one weight; of
+        all tokens, or of those of `part`."""
+        start, stop, _ = part.indices(len(self.ids))
+        kinds = [(self.state(i), self.weights[i] if i < self.num_kept else 0.0) for i in range(start, stop)]
         for (state, weight), group in groupby(kinds):
             end = start + len(list(group))
             yield start, end, state, weight
@@ -83,6 +102,38 @@ class ShownRow:
     notes: tuple[str, ...]
     texts: list[ShownText]
 
+    def parts(self) -> Iterator[ShownPart]:
+        """What to draw one below the other. The prompt of a pair, each answer of which is one text, stands
+        once, in the tokens of the chosen one."""
+        num_pairs = sum(text.num_shared > 0 and text.side == 0 for text in self.texts)
+        number = 0
+        for i, text in enumerate(self.texts):
+            heading = f"example {i + 1} of {len(self.texts)} of this row" if len(self.texts) > 1 else ""
+            if text.num_shared:
+                number += text.side == 0
+                heading = f"pair {number} of {num_pairs} of this row" if num_pairs > 1 else ""
+            if text.num_shared and text.side == 0:
+                margin = f"margin {text.margin:g}" if text.margin else ""
+                prompt = f"prompt of both answers: {text.num_shared:,} tokens"
+                yield ShownPart(_joined(heading, prompt, margin), text, slice(0, text.num_shared), False)
+            names = ("desirable", "undesirable") if self.format == "labelled" else ("chosen", "rejected")
+            answer = "" if text.side is None else names[text.side]
+            yield ShownPart(_joined(heading, answer), text, slice(text.num_shared, None), True)
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
+
+
+@dataclass(frozen=True)
+class ShownPart:
+    """Tokens `part` of a text, under a heading. `has_facts`: what is to be said of the text is said here."""
+
+    heading: str
+    text: ShownText
+    part: slice
+    has_facts: bool
+
 
 def show_rows(
     config: Config, tokenizer: Any, limit: int, say: Callable[[str], None]
@@ -92,8 +143,14 @@ def show_rows(
     A bad row is shown as one. Raises DataError where a source cannot be read, TemplateError where there is no
     template for conversations."""
     report = SourceReport("", "")
-    rows = islice(_rows(config, tokenizer, say), limit)
-    return [_show_row(row, preparer, config, report) for row, preparer in rows], report
+    shown = []
+    num_items = 0  # rows of the run: examples together, a pair at a time
+    for row, preparer in islice(_rows(config, tokenizer, say), limit):
+        shown.append(_show_row(row, preparer, config, report, num_items))
+        num_items = max(
+            (text.pair + 1 for text in shown[-1].texts if text.pair is not None), default=num_items
+        )
+    return shown, report
 
 
 def _rows(config: Config, tokenizer: Any, say: Callable[[str], None]) -> Iterator[tuple[RawRow, Preparer]]:
@@ -104,7 +161,10 @@ def _rows(config: Config, tokenizer: Any, say: Callable[[str], None]) -> Iterato
             yield row, preparer
 
 
-def _show_row(row: RawRow, preparer: Preparer, config: Config, report: SourceReport) -> ShownRow:
+def _show_row(
+    row: RawRow, preparer: Preparer, config: Config, report: SourceReport, first_pair: int
+) -> ShownRow:
+    """`first_pair`: the number of the row's first pair or labelled answer, if one is kept."""
     consequence = "stops the run"
     try:
         (outcome,) = preparer.prepare([row])
@@ -116,20 +176,78 @@ def _show_row(row: RawRow, preparer: Preparer, config: Config, report: SourceRep
         outcome = PreparedRow(
             row.place, problem=BadRow("template", str(error).removeprefix(f"{row.place}: "))
         )
+    report.format = preparer.options.format  # which says what there is to count
     report.add(outcome)
     try:
         traces = preparer.trace(row)
     except BadRow:
         traces = []  # the outcome tells the same
     problem = f"bad row ({consequence}): {outcome.problem}" if outcome.problem else ""
+    if not traces and outcome.pairs:
+        problem = f"left out: {PAIR_REASONS[outcome.pairs[0]]}"
     kept = list(outcome.examples)
     if len(traces) == 1 and len(kept) > 1:
         is_joined = config.data.packing == "concatenate"  # the pieces are those of the cache, not of training
         texts = [_show_text(traces[0], traces[0].example if is_joined else _rejoined(kept), preparer, False)]
         return ShownRow(row.place, preparer.options.format, problem, (), texts)
+    if preparer.options.format in PREFERENCE_FORMATS:
+        texts = _show_answers(traces, outcome, preparer, first_pair)
+        return ShownRow(row.place, preparer.options.format, problem, tuple(sorted(set(outcome.notes))), texts)
     texts = [_show_text(trace, _take_kept(kept, trace.example), preparer, bool(problem)) for trace in traces]
     assert not kept, "prepare and trace disagree"
     return ShownRow(row.place, preparer.options.format, problem, tuple(sorted(set(outcome.notes))), texts)
+
+
+def _show_answers(
+    traces: Sequence[Trace], outcome: PreparedRow, preparer: Preparer, first_pair: int
+) -> list[ShownText]:
+    """The texts of a preference row. What is trained as a whole, a pair or a labelled answer, is kept or left
+    out as a whole, so the kept examples are those of its texts in order."""
+    sides = [trace.example.side for trace in traces]
+    starts = [i for i in range(len(traces)) if i == 0 or sides[i] < sides[i - 1]]
+    kept, texts, number = list(outcome.examples), [], first_pair
+    reasons = outcome.pairs if len(outcome.pairs) == len(starts) else [""] * len(starts)
+    ends = [*starts[1:], len(traces)][: len(starts)]
+    for start, end, reason in zip(starts, ends, reasons, strict=True):
+        some = traces[start:end]
+        is_kept = not reason and bool(kept)
+        shown = [
+            _show_text(trace, kept.pop(0) if is_kept else None, preparer, outcome.problem is not None)
+            for trace in some
+        ]
+        if reason:
+            limit = preparer.options.max_length
+            verdict = f"left out: {PAIR_REASONS[reason]}"
+            if reason == "too_long":
+                verdict = f"left out with the other answer, which is over data.max_length={limit}"
+            is_too_long = [reason == "too_long" and len(text.ids) > limit for text in shown]
+            shown = [
+                text if is_long else replace(text, verdict=verdict)
+                for text, is_long in zip(shown, is_too_long, strict=True)
+            ]
+        num_shared = _num_shared(*some) if len(some) == 2 and sides[start] != sides[start + 1] else 0
+        texts += [
+            replace(
+                text,
+                side=trace.example.side,
+                margin=trace.example.margin,
+                pair=number if is_kept else None,
+                num_shared=num_shared,
+            )
+            for text, trace in zip(shown, some, strict=True)
+        ]
+        number += is_kept
+    assert not kept, "prepare and trace disagree"
+    return texts
+
+
+def _num_shared(chosen: Trace, rejected: Trace) -> int:
+    """Tokens that both begin with, before the first target of either."""
+    ids = [trace.example.input_ids for trace in (chosen, rejected)]
+    spans = [trace.example.spans for trace in (chosen, rejected)]
+    size = min(int(span[0, 0]) if len(span) else 0 for span in spans)
+    different = np.flatnonzero(ids[0][:size] != ids[1][:size])
+    return int(different[0]) if len(different) else size
 
 
 def _rejoined(pieces: Sequence[Example]) -> Example:
@@ -172,14 +290,12 @@ def _show_text(trace: Trace, kept: Example | None, preparer: Preparer, is_bad: b
             f"cut at data.max_length={limit}: {kept.num_cut_tokens:,} of {len(weights):,} tokens go, "
             f"{kept.num_cut_targets:,} of them targets"
         )
-    spelled = _spelled(trace, preparer.tokenizer)
     return ShownText(
         ids=whole.input_ids.tolist(),
         weights=weights,
+        spelled=_spelled(trace, preparer.tokenizer),
         pieces=_pieces(trace, preparer.tokenizer),
         num_kept=num_kept,
-        text="".join(spelled[:num_kept]),
-        whole_text="".join(spelled),
         verdict=verdict,
         parity=_parity(trace, preparer.tokenizer),
     )

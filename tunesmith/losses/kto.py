@@ -25,9 +25,9 @@ def kto(
 
 
 def kl_estimate(total: float, number: float) -> Tensor:
-    """The point that rewards are compared with, a scalar float32: max(0, mean of log(policy / reference)) over
-    answers that belong to other prompts than those they are read after, of which there are `number`, with
-    `total` for a sum (section 4.1).
+    """The point that rewards are compared with, float32: max(0, mean of log(policy / reference)) over
+    answers that belong to other prompts than those they are read after. There are `number` of them, and
+    `total` is their sum (section 4.1).
 
     The paper shifts the answers of a batch by one. The mean is over all of them before 0 bounds it, as in the
     paper and TRL: over several passes and devices, theirs together."""
