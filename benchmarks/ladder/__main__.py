@@ -141,7 +141,11 @@ def _run(
         "out": str(out),
     }
     if rung.loop == "trl":
-        content |= {"rows_per_pass": rung.rows_per_pass, "padding_free": rung.padding_free}
+        content |= {
+            "rows_per_pass": rung.rows_per_pass,
+            "padding_free": rung.padding_free,
+            "reference": rung.reference,
+        }
         command = [str(trl_env.python()), str(Path(__file__).with_name("trl_run.py")), str(spec)]
     else:
         command = [sys.executable, "-m", "benchmarks.ladder.child", str(spec)]

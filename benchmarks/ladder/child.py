@@ -17,6 +17,7 @@ from benchmarks.ladder import pairs, record, steps
 from benchmarks.ladder.rungs import RUNGS, Rung
 from benchmarks.ladder.workloads import Workload
 from tunesmith.config import load_config
+from tunesmith.training.startup import Startup
 
 
 def main() -> None:
@@ -43,13 +44,19 @@ def _run_loop(
         model, tokenizer = _plain_model(workload, dtype)
     else:
         model, tokenizer = _tunesmith_model(rung, workload, dtype)
-    if workload.is_pairs:
-        passes, loss = pairs.of_rung(rung, workload, tokenizer.pad_token_id)
+    result["matmul_before"] = record.matmul_ceiling(getattr(torch, dtype))
+    if workload.is_pairs and rung.loop == "padded":
+        passes, loss = (
+            pairs.padded_passes(rung, workload, tokenizer.pad_token_id),
+            pairs.padded_loss(workload),
+        )
+    elif workload.is_pairs:
+        passes = pairs.pack_passes(rung, workload, model, tokenizer, num_steps, result)
+        loss = pairs.pack_loss(workload)
     elif rung.loop == "padded":
         passes, loss = steps.padded_passes(rung, workload, tokenizer.pad_token_id), steps.padded_loss
     else:
         passes, loss = steps.pack_passes(rung, workload, tokenizer), steps.pack_loss(rung)
-    result["matmul_before"] = record.matmul_ceiling(getattr(torch, dtype))
     with record.watch(result):
         return list(steps.train(model, workload, num_steps, passes, loss))
 
@@ -106,15 +113,23 @@ def _run_tunesmith(
             f"model.dtype={dtype}",
             f"train.max_steps={num_steps}",
         ]
+        startup = Startup()
         with record.watch(result):  # loads the model too: all of it is within the peak
-            tunesmith.sft(workload.config, overrides)
+            if workload.is_pairs:
+                # A cache of its own, or the reference would have been asked in a run before.
+                tunesmith.prefer(
+                    workload.config, [*overrides, f"data.cache_dir={folder}/cache"], startup=startup
+                )
+                result["reference_s"] = startup.stages["reference log-probabilities"]
+            else:
+                tunesmith.sft(workload.config, overrides)
         lines = Path(folder, "ladder", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     metrics = [line for line in map(json.loads, lines) if "loss" in line]
     return [
         {
             "loss": line["loss"],
-            "seconds": line["tokens"] / line["tokens_per_s"],
-            "computed_tokens": line.get("computed_tokens", line["tokens"]),
+            "seconds": line["step_s"],
+            "computed_tokens": line["computed_tokens"],
         }
         for line in metrics
     ]

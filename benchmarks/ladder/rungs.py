@@ -8,7 +8,7 @@ compared step by step.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Loop = Literal["padded", "packs", "tunesmith", "trl"]
 
@@ -20,7 +20,8 @@ class Rung:
     loop: `padded` batches through transformers and PEFT; `packs` of tunesmith; `tunesmith` itself, from a
     config; `trl`, its trainers in their own environment. rows_per_pass: rows of a padded batch (pairs, for
     preferences). by_length: batches of rows of similar length within a step. pieces: which of tunesmith's
-    engine pieces are on. step_share: the part of the steps that is run, for rungs that are very slow."""
+    engine pieces are on. reference: of preferences, asked in each step, or once before. step_share: the part
+    of the steps that is run, for rungs that are very slow."""
 
     name: str
     what: str
@@ -31,16 +32,18 @@ class Rung:
     pieces: tuple[str, ...] = ()
     packing: Literal["flat", "tree"] = "flat"
     padding_free: bool = False
+    reference: Literal["live", "cached"] = "live"
     step_share: float = 1.0
     workloads: frozenset[str] = field(default_factory=frozenset)  # empty: all
 
 
 _PIECES = ("head", "attention", "lora", "block")
 _SFT = frozenset({"a", "b", "d0.5", "d1.5"})
+_PAIRS = frozenset({"c"})
 
 
-def _packs(name: str, what: str, pieces: tuple[str, ...], packing: Literal["flat", "tree"] = "flat") -> Rung:
-    return Rung(name, what, "packs", pieces=pieces, packing=packing)
+def _packs(name: str, what: str, pieces: tuple[str, ...], **more: Any) -> Rung:
+    return Rung(name, what, "packs", pieces=pieces, **more)
 
 
 RUNGS = {
@@ -54,19 +57,27 @@ RUNGS = {
             Rung(f"plain_bf16_r{n}", f"{n} rows a pass, grouped by length", "padded", rows_per_pass=n)
             for n in (1, 2, 4, 8)
         ],
-        _packs("flat", "flat packs, stock sdpa with their mask, logits everywhere", ()),
-        _packs("head", "+ logits and loss at targets only", _PIECES[:1]),
+        _packs("flat", "flat packs, stock sdpa with their mask, logits everywhere", (), workloads=_SFT),
+        _packs("head", "flat packs, stock sdpa, logits and loss at targets only", _PIECES[:1]),
         _packs("attention", "+ attention by document", _PIECES[:2]),
         _packs("lora", "+ fused LoRA", _PIECES[:3]),
         _packs("block", "+ fused norm, rotary, SwiGLU", _PIECES),
         _packs("tree", "+ shared prefixes once", _PIECES, packing="tree"),
+        _packs(
+            "tree_cached",
+            "+ the reference asked once, before",
+            _PIECES,
+            packing="tree",
+            reference="cached",
+            workloads=_PAIRS,
+        ),
         Rung(
             "tunesmith",
-            "`tunesmith sft`, its defaults",
+            "`tunesmith sft` (c: `prefer`), its defaults",
             "tunesmith",
             pieces=_PIECES,
             packing="tree",
-            workloads=_SFT,
+            reference="cached",
         ),
         Rung(
             "tunesmith_fp32",
@@ -75,11 +86,22 @@ RUNGS = {
             "float32",
             pieces=_PIECES,
             packing="tree",
+            reference="cached",
             step_share=0.5,
-            workloads=_SFT,
         ),
         *[
             Rung(f"trl_r{n}", f"TRL, {n} rows a pass, grouped by length", "trl", rows_per_pass=n)
+            for n in (1, 2, 4, 8)
+        ],
+        *[
+            Rung(
+                f"trl_cached{n}",
+                f"TRL, {n} pairs a pass, precompute_ref_log_probs",
+                "trl",
+                rows_per_pass=n,
+                reference="cached",
+                workloads=_PAIRS,
+            )
             for n in (1, 2, 4, 8)
         ],
         *[
@@ -98,7 +120,7 @@ RUNGS = {
 
 GROUPS = {
     "plain": [name for name in RUNGS if name.startswith("plain_bf16")],
-    "ladder": ["flat", "head", "attention", "lora", "block", "tree"],
+    "ladder": ["flat", "head", "attention", "lora", "block", "tree", "tree_cached"],
     "trl": [name for name in RUNGS if name.startswith("trl_")],
 }
 DEFAULT = [name for name in RUNGS if name != "tunesmith_fp32"]

@@ -40,14 +40,13 @@ def train(
     optimizer = torch.optim.AdamW(
         trained, lr=config["learning_rate"], weight_decay=config["weight_decay"], fused=True
     )
-    in_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     model.train()
     for rows in workload.steps[:num_steps]:
         start = time.perf_counter()
         share = len(rows) if workload.is_pairs else sum(workload.targets(row) for row in rows)
         total, computed = 0.0, 0
         for pack in passes(rows):
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_bf16):
+            with autocast(model):
                 part = loss(model, pack) / share
             part.backward()
             total += float(part.detach())
@@ -56,6 +55,12 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         yield {"loss": total, "seconds": time.perf_counter() - start, "computed_tokens": computed}
+
+
+def autocast(model: Any) -> Any:
+    """The number format of a model whose frozen weights are in bfloat16, and its adapter not."""
+    in_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_bf16)
 
 
 def batches(rows: Sequence[int], rung: Rung, workload: Workload) -> Iterator[list[int]]:
@@ -121,7 +126,7 @@ def pack_passes(rung: Rung, workload: Workload, tokenizer: Any) -> Callable[[lis
         rows_of_all = load_data(load_config(workload.config), tokenizer).train.rows
         assert isinstance(rows_of_all, CachedRows)
         sharing = Sharing.of_tokens(*rows_of_all.token_chunks())
-    plan = workload.plan(sharing)
+    plan = workload.plan(sharing=sharing)
     prepared = {index: PreparedRow(str(index), (example(row),)) for index, row in workload.rows.items()}
 
     def passes(rows: list[int]) -> Iterator[Pack]:

@@ -2,11 +2,12 @@
 
     a      alpaca_en_demo: short answers, the template's own system prompt
     b      gsm8k_train under one shared system prompt of about 600 tokens
-    c      chosen and rejected answers of dpo_en_demo (both at most 1,024 tokens with their prompt)
+    c      pairs of dpo_en_demo, each answer at most 1,024 tokens with its prompt
     d0.5   Qwen2.5-0.5B's shape with random weights, conversations of alpaca rows cut at 512 tokens
     d1.5   the same in Qwen2.5-1.5B's shape
 
-Ids, targets and the rows of each step are tunesmith's own: encoded, ordered and cut as `tunesmith sft` does.
+Ids, targets and the rows of each step are tunesmith's own: encoded, ordered and cut as `tunesmith sft` and
+`tunesmith prefer` do.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tunesmith.config import Config, load_config
 from tunesmith.data.loading import load_data
-from tunesmith.data.prepare import PrepareOptions, Preparer
-from tunesmith.data.records import Example, RawRow
+from tunesmith.data.prepare import PreparedRow
+from tunesmith.data.records import Example
+from tunesmith.data.rows import AnswerRows
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.models.demo import default_demo_directory
 from tunesmith.packing.plan import RowSource, StepPlan, make_plan
@@ -37,8 +40,7 @@ _LONGEST_ANSWER = 1024  # tokens of a prompt with one of its answers, workload c
 @dataclass(frozen=True)
 class Setting:
     """A workload's defaults: rows (pairs) of a step, steps of a run, longest row, and tokens of a pack in the
-    rungs that have packs (what `tunesmith sft` chooses on this machine, and is left to choose in its
-    rung)."""
+    rungs that have packs (what tunesmith chooses on this machine, and is left to choose in its rung)."""
 
     rows_per_step: int
     steps: int
@@ -49,7 +51,7 @@ class Setting:
 SETTINGS = {
     "a": Setting(32, 6, 1536, 1536),
     "b": Setting(16, 3, 1536, 3072),
-    "c": Setting(8, 3, 2 * _LONGEST_ANSWER, 2 * _LONGEST_ANSWER),
+    "c": Setting(8, 3, _LONGEST_ANSWER, 2 * _LONGEST_ANSWER),
     "d0.5": Setting(8, 4, 512, 1536),
     "d1.5": Setting(4, 3, 512, 1536),
 }
@@ -75,37 +77,50 @@ class Workload:
     """What a run trains on.
 
     config: the tunesmith config of the same run. steps: the indices of the rows of each optimiser step, in
-    the order of the plan. rows: index -> the row, {"input_ids", "targets"} with a 0 or 1 a token, or
-    {"prompt", "chosen", "rejected"} token ids. lengths: tokens of every row of the data set, from which the
-    plan is made. flops_per_token, flops_per_target: of a training step."""
+    the order of the plan. rows: index -> the row as token ids,
+
+        text       {"input_ids", "targets"} with a 0 or 1 a token
+        pairs      {"prompt", "chosen", "rejected"}
+        labelled   {"prompt", "completion", "mismatched", "label"}, mismatched being another row's completion
+
+    lengths: tokens of every row of the data set, from which the plan is made. flops_per_token,
+    flops_per_target: of a training step."""
 
     name: str
+    kind: Literal["text", "pairs", "labelled"]
     config: dict[str, Any]
     steps: list[list[int]]
-    rows: dict[int, dict[str, list[int]]]
+    rows: dict[int, dict[str, Any]]
     lengths: list[int]
     flops_per_token: float
     flops_per_target: float
-    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_pairs(self) -> bool:
-        return self.name == "c"
+        return self.kind == "pairs"
 
     def tokens(self, index: int) -> int:
-        """Tokens of a row as a plain script runs it: of both answers, each with its prompt."""
+        """Tokens of a row as a plain script runs it: each answer with a prompt of its own."""
         row = self.rows[index]
-        if self.is_pairs:
-            return 2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"])
-        return len(row["input_ids"])
+        if self.kind == "text":
+            return len(row["input_ids"])
+        return len(self.answers(index)) * len(row["prompt"]) + self.targets(index)
 
     def targets(self, index: int) -> int:
-        row = self.rows[index]
-        return len(row["chosen"]) + len(row["rejected"]) if self.is_pairs else sum(row["targets"])
+        if self.kind == "text":
+            return sum(self.rows[index]["targets"])
+        return sum(map(len, self.answers(index)))
 
-    def plan(self, sharing: Sharing | None = None) -> StepPlan:
-        """The step plan of these rows, the same that `tunesmith sft` makes of the config."""
-        lengths = np.asarray(self.lengths, dtype=np.int32)
+    def answers(self, index: int) -> list[list[int]]:
+        """What the row has beside its prompt: chosen before rejected."""
+        row = self.rows[index]
+        return [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+
+    def plan(self, lengths: NDArray[np.int32] | None = None, sharing: Sharing | None = None) -> StepPlan:
+        """The step plan of these rows, the same that tunesmith makes of the config. `lengths`: tokens that
+        each row computes, if they are not those of the rows."""
+        if lengths is None:
+            lengths = np.asarray(self.lengths, dtype=np.int32)
         return _plan(load_config(self.config), lengths, self.pack_tokens, sharing)
 
     @property
@@ -135,59 +150,58 @@ def prepare(
 ) -> Workload:
     """Make a workload; `folder` takes the files that are written for it. `model` stands in for its own."""
     setting = SETTINGS[name]
-    config = load_config(
-        {
-            "run": {"name": "ladder", "output_dir": str(folder / "runs"), "seed": 42},
-            "model": {"path": str(model or _model(name))},
-            "adapter": {"r": 8, "alpha": 16, "dropout": 0.0},
-            "data": {"max_length": setting.max_length} | _data(name, folder, data),
-            "train": {
-                "max_steps": steps or setting.steps,
-                "batch_size": rows_per_step or setting.rows_per_step,
-                "micro_batch_tokens": pack_tokens,
-                "learning_rate": 2e-4,
-                "schedule": "constant",
-                "warmup": 0,
-                "weight_decay": 0.0,
-                "max_grad_norm": 1.0,
-            },
-            "checkpoint": {"every_steps": 10**6},
-        }
-    )
-    tokenizer = load_tokenizer(config)
+    values = {
+        "run": {"name": "ladder", "output_dir": str(folder / "runs"), "seed": 42},
+        "model": {"path": str(model or model_of(name))},
+        "adapter": {"r": 8, "alpha": 16, "dropout": 0.0},
+        "data": {"max_length": setting.max_length} | _data(name, folder, data),
+        "train": {
+            "max_steps": steps or setting.steps,
+            "batch_size": rows_per_step or setting.rows_per_step,
+            "micro_batch_tokens": pack_tokens,
+            "learning_rate": 2e-4,
+            "schedule": "constant",
+            "warmup": 0,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+        },
+        "checkpoint": {"every_steps": 10**6},
+    }
     if name == "c":
-        rows: Any = _pairs(data / "dpo_en_demo.json", tokenizer)
-        lengths = np.array([2 * len(r["prompt"]) + len(r["chosen"]) + len(r["rejected"]) for r in rows])
-    else:
-        train = load_data(config, tokenizer).train
-        lengths, rows = train.lengths, train.rows
-        assert len(train.row_starts) == len(lengths) + 1, "a row that became several examples"
-    order = (
-        _plan(config, lengths.astype(np.int32), config.train.micro_batch_tokens or setting.pack_tokens)
-        .rows_of_epoch(0)
-        .tolist()
-    )
+        values["prefer"] = {"method": "dpo", "beta": 0.1}
+    return of_config(name, load_config(values, recipe="prefer" if name == "c" else None))
+
+
+def of_config(name: str, config: Config) -> Workload:
+    """The rows of the steps that a run of this config trains."""
+    train = load_data(config, load_tokenizer(config)).train
+    rows, lengths = train.rows, train.lengths.astype(np.int32)
+    assert len(train.row_starts) == len(lengths) + 1, "a row that became several examples"
+    # Which rows a step holds does not depend on the size of passes.
+    order = _plan(config, lengths, int(lengths.max())).rows_of_epoch(0).tolist()
     size = config.train.batch_size
     wanted = [order[step * size : (step + 1) * size] for step in range(config.train.max_steps or 0)]
     if not all(len(step) == size for step in wanted):
         raise ValueError(f"workload {name} has {len(order)} rows, too few for {len(wanted)} steps of {size}")
-    chosen = {
-        index: rows[index] if name == "c" else _as_lists(rows[index].examples[0])
-        for step in wanted
-        for index in step
-    }
+    kind: Literal["text", "pairs", "labelled"] = "text"
+    as_lists = _text
+    if isinstance(rows, AnswerRows):
+        kind, as_lists = ("labelled", _labelled) if rows.is_mismatched else ("pairs", _pair)
     cost = _cost(config)
     return Workload(
         name,
+        kind,
         config.model_dump(mode="json", exclude_unset=True),
         wanted,
-        chosen,
+        {index: as_lists(rows[index]) for step in wanted for index in step},
         lengths.tolist(),
         *cost,
     )
 
 
-def _plan(config: Config, lengths: Any, pack_tokens: int, sharing: Sharing | None = None) -> StepPlan:
+def _plan(
+    config: Config, lengths: NDArray[np.int32], pack_tokens: int, sharing: Sharing | None = None
+) -> StepPlan:
     return make_plan(
         lengths,
         np.arange(len(lengths) + 1, dtype=np.int64),
@@ -203,9 +217,30 @@ def _plan(config: Config, lengths: Any, pack_tokens: int, sharing: Sharing | Non
     )
 
 
-def _as_lists(example: Example) -> dict[str, list[int]]:
+def _text(row: PreparedRow) -> dict[str, Any]:
+    (example,) = row.examples
     targets = (example.token_weights() > 0).astype(int)
     return {"input_ids": example.input_ids.tolist(), "targets": targets.tolist()}
+
+
+def _pair(row: PreparedRow) -> dict[str, Any]:
+    (prompt, chosen), (_, rejected) = map(_prompt_and_answer, row.examples)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _labelled(row: PreparedRow) -> dict[str, Any]:
+    assert row.mismatched is not None
+    ((prompt, completion),) = map(_prompt_and_answer, row.examples)
+    ((_, mismatched),) = map(_prompt_and_answer, row.mismatched.examples)
+    is_desirable = row.examples[0].side == 0
+    return {"prompt": prompt, "completion": completion, "mismatched": mismatched, "label": is_desirable}
+
+
+def _prompt_and_answer(example: Example) -> tuple[list[int], list[int]]:
+    """Tokens before the answer, and those of the answer, which must be one piece."""
+    ((start, end),) = example.spans.tolist()
+    ids = example.input_ids.tolist()
+    return ids[:start], ids[start:end]
 
 
 def _cost(config: Config) -> tuple[float, float]:
@@ -228,8 +263,10 @@ def _cost(config: Config) -> tuple[float, float]:
 def _data(name: str, folder: Path, data: Path) -> dict[str, Any]:
     """The config's section `data`."""
     alpaca = data / "alpaca_en_demo.json"
-    if name in ("a", "c"):  # c's rows are read by `_pairs`
+    if name == "a":
         return {"train": str(alpaca)}
+    if name == "c":
+        return {"train": str(data / "dpo_en_demo.json")}
     if name == "b":
         prompt = Path(__file__).with_name("math_prompt.txt").read_text(encoding="utf-8").strip()
         columns = {"question": "instruction", "answer": "output"}
@@ -259,40 +296,11 @@ def _conversations(rows: list[dict[str, str]]) -> Iterator[list[dict[str, str]]]
             messages, size = [], 0
 
 
-def _pairs(file: Path, tokenizer: Any) -> list[dict[str, list[int]]]:
-    """Prompt, chosen and rejected answer of each row as token ids; rows over the longest length left out."""
-    options = PrepareOptions("sharegpt", {}, None, "last", 10**6, "error")
-    preparer = Preparer(tokenizer, options)
-    pairs = []
-    for number, row in enumerate(json.loads(file.read_text(encoding="utf-8"))):
-        raw = [
-            RawRow(f"{file.name}[{number}]", {"conversations": [*row["conversations"], row[answer]]})
-            for answer in ("chosen", "rejected")
-        ]
-        chosen, rejected = (outcome.examples for outcome in preparer.prepare(raw))
-        if not chosen or not rejected:
-            continue
-        ids = [example[0].input_ids.tolist() for example in (chosen, rejected)]
-        starts = [int(example[0].spans[0, 0]) for example in (chosen, rejected)]
-        # What the template writes after the answer's last token is in neither.
-        ends = [int(example[0].spans[-1, 1]) for example in (chosen, rejected)]
-        prompts = [one[:start] for one, start in zip(ids, starts, strict=True)]
-        if prompts[0] != prompts[1] or max(ends) > _LONGEST_ANSWER:
-            continue
-        pairs.append(
-            {
-                "prompt": prompts[0],
-                "chosen": ids[0][starts[0] : ends[0]],
-                "rejected": ids[1][starts[1] : ends[1]],
-            }
-        )
-    return pairs
-
-
 # --- models
 
 
-def _model(name: str) -> Path:
+def model_of(name: str) -> Path:
+    """The model of a workload: the demo model, or Qwen2.5's shape."""
     if name in _QWEN:
         return random_qwen(CACHE / f"qwen2.5-{name[1:]}b-random", _QWEN[name])
     folder = default_demo_directory()

@@ -12,9 +12,7 @@ from tiny import make_tiny_model
 sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is not installed
 
 from benchmarks.ladder.__main__ import main
-from benchmarks.ladder.pairs import tree_of_pairs
 from benchmarks.ladder.rungs import choose
-from tunesmith.models.layout import Segment
 
 
 @pytest.fixture
@@ -48,7 +46,11 @@ def model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("workload", "rungs"), [("a", ["plain_fp32", "tree", "tunesmith"]), ("c", ["plain_fp32", "tree"])]
+    ("workload", "rungs"),
+    [
+        ("a", ["plain_fp32", "tree", "tunesmith"]),
+        ("c", ["plain_fp32", "head", "tree", "tree_cached", "tunesmith"]),
+    ],
 )
 def test_the_first_and_the_last_rung_have_the_same_losses(workload, rungs, data, model, tmp_path):
     out = tmp_path / "ladder.json"
@@ -64,32 +66,11 @@ def test_the_first_and_the_last_rung_have_the_same_losses(workload, rungs, data,
         assert other == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_a_pack_of_pairs_predicts_only_what_follows_the_fork_and_knows_whose_it_is():
-    pack = tree_of_pairs(
-        [
-            {"prompt": [1, 2], "chosen": [3, 4, 5], "rejected": [3, 6]},
-            {"prompt": [7], "chosen": [8], "rejected": [9]},
-        ]
-    )
-    assert pack["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]
-    assert pack["layout"].segments == (
-        Segment(0, 3, 6, 0),
-        Segment(3, 5, 5, 3),
-        Segment(5, 6, 6, 3),
-        Segment(6, 7, 9, 0),
-        Segment(7, 8, 8, 1),
-        Segment(8, 9, 9, 1),
-    )
-    assert pack["positions"].tolist() == [2, 3, 2, 6, 6]
-    assert pack["targets"].tolist() == [4, 5, 6, 8, 9]
-    # Answers are all chosen, then all rejected: pair 0 has 0 and 2, pair 1 has 1 and 3.
-    assert pack["owners"].tolist() == [0, 0, 2, 1, 3]
-
-
 def test_a_rung_that_does_not_exist_is_named_with_those_that_do():
     with pytest.raises(ValueError, match="no rung plane; there are plain_fp32"):
         choose(["plane"], "a")
 
 
 def test_rungs_that_a_workload_does_not_have_are_left_out():
-    assert [rung.name for rung in choose(["tree", "tunesmith", "plain_fp32"], "c")] == ["plain_fp32", "tree"]
+    assert [rung.name for rung in choose(["tree", "flat", "plain_fp32"], "c")] == ["plain_fp32", "tree"]
+    assert [rung.name for rung in choose(["tree", "tree_cached"], "a")] == ["tree"]
