@@ -31,7 +31,7 @@ from tunesmith.config import Config, load_config
 
 _ROOT = Path(__file__).parents[1]
 _DATA = {"dpo": "dpo_en_demo.json", "kto": "kto_en_demo.json"}
-_ROWS = {"dpo": 3, "kto": 6}  # of a step: 20 steps are what is no longer than --max-length
+_ROWS = {"dpo": 3, "kto": 4}  # of a step: of dpo_en_demo 61 pairs are no longer than --max-length
 # Ours and TRL's names of the same figure.
 _FIGURES = {
     "dpo": {

@@ -5,7 +5,7 @@ rungs.py       what each rung is
 workloads.py   which rows each step holds, as token ids and targets, written for all rungs alike
 child.py       one run of a rung
 steps.py       the training steps of a run: passes, losses, times
-pairs.py       the same for chosen and rejected answers (DPO)
+pairs.py       the same for chosen and rejected answers, by DPO
 trl_env.py     TRL's own virtual environment
 trl_run.py     one run of TRL's trainers, in that environment
 table.py       results as tables

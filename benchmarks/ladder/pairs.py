@@ -50,6 +50,7 @@ def padded_loss(workload: Workload) -> Loss:
     """Rafailov et al. 2023 (arXiv:2305.18290), eq. 7, summed over the pairs; the reference is the model with
     its adapter off."""
     beta = load_config(workload.config).prefer.beta
+    assert beta is not None
 
     def loss(model: Any, pack: Pack) -> Tensor:
         with torch.no_grad(), model.disable_adapter():
