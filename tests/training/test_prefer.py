@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import conversations, make_tiny_model, write_rows
+from tiny import judged_pairs, labelled_answers, make_tiny_model, write_rows
 from torch.nn import functional as F
 from training.test_equivalence import ids_and_labels, losses_of, same_weights
 from training.test_resume import metrics_without_times, same_files, stop_after
@@ -26,36 +25,17 @@ from tunesmith.training import reference as reference_module
 from tunesmith.training.run_folder import read_metrics
 
 
-def pairs(number: int, seed: int = 0) -> list[dict]:
-    """Chats whose last answer is judged; about half of the rejected ones begin as the chosen one does."""
-    rng = random.Random(seed)
-    rows = []
-    for mine, other in zip(conversations(number, seed), conversations(number, seed + 1), strict=True):
-        chosen, rejected = mine["messages"][-1]["content"], other["messages"][-1]["content"]
-        if rng.random() < 0.5:
-            rejected = f"{chosen[: len(chosen) // 2]} {rejected}"
-        rows.append(
-            {"messages": mine["messages"][:-1], "chosen": f"{chosen} yes", "rejected": rejected + " or no"}
-        )
-    return rows
-
-
-def labelled(number: int, seed: int = 0) -> list[dict]:
-    rng = random.Random(seed)
-    return [
-        {"messages": row["messages"][-2:], "label": rng.random() < 0.6} for row in conversations(number, seed)
-    ]
-
-
 @pytest.fixture
 def prefer_config(run_config, tmp_path):
     """Makes a config of a small preference run."""
 
-    def make(family: str = "llama", method: str = "dpo", rows: int = 20, **sections) -> dict:
+    def make(
+        family: str = "llama", method: str = "dpo", rows: int = 20, desirable: float = 0.6, **sections
+    ) -> dict:
         config = run_config(family, **sections)
         if config["adapter"].get("method") == "none":
             config["adapter"] = {"method": "none"}
-        made = labelled(rows) if method == "kto" else pairs(rows)
+        made = labelled_answers(rows, desirable) if method == "kto" else judged_pairs(rows)
         config["data"]["train"] = str(write_rows(tmp_path / f"{method}.jsonl", made))
         config["prefer"] = {"method": method} | sections.get("prefer", {})
         return config
@@ -204,6 +184,17 @@ def test_losses_and_weights_follow_a_plain_loop(prefer_config, method, prefer):
     # A hinge at work is a difference of sums that are a hundred times as large.
     assert losses_of(result) == pytest.approx(expected, rel=1e-4, abs=3e-5)
     same_weights(model, result.final, rtol=1e-2)
+
+
+def test_the_reference_point_of_kto_is_that_of_the_whole_step(prefer_config):
+    """Only good answers: all become likelier, after other prompts too, and the point leaves 0."""
+    config = prefer_config(method="kto", desirable=1.0, train={"micro_batch_tokens": 256})
+    expected, _ = plain_loop(config, steps=5)
+    result = tunesmith.prefer(config)
+    assert losses_of(result) == pytest.approx(expected, rel=1e-4)
+    lines = [line for line in read_metrics(result.run / "metrics.jsonl") if "loss" in line]
+    assert lines[-1]["kl"] > 1
+    assert "reward_undesirable" not in lines[-1]
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
