@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, set
 import tunesmith
 from tunesmith.errors import DataError, Interrupted
 from tunesmith.training import reference as reference_module
+from tunesmith.training.displacement import DisplacementWatch
 from tunesmith.training.run_folder import read_metrics
 
 
@@ -382,3 +383,36 @@ def test_a_method_for_pairs_refuses_labelled_rows_and_the_other_way_about(prefer
         tunesmith.prefer(config)
     with pytest.raises(DataError, match=r"pairs of answers \(pairs\).*Set prefer.method to dpo"):
         tunesmith.prefer(other)
+
+
+def test_chosen_answers_that_become_less_likely_are_warned_of_once(prefer_config, capsys):
+    """Ten times the usual rate drives both answers down."""
+    config = prefer_config(data={"valid": 0.25}, train={"epochs": 6, "learning_rate": 5e-2})
+    result = tunesmith.prefer(config)
+    first, *_, last = [line for line in read_metrics(result.run / "metrics.jsonl") if "eval_loss" in line]
+    said = capsys.readouterr().out
+    assert said.count("chosen answers became less likely") == 1
+    assert f"(mean log-probability {first['eval_logp_chosen']:.1f} -> " in said
+    assert "prefer.sft_weight keeps them likely" in said
+    assert last["eval_logp_chosen"] < first["eval_logp_chosen"] - 1
+    assert last["eval_reward_margin"] > 0
+
+
+def test_without_an_evaluation_the_last_steps_are_looked_at(capsys):
+    told: list[str] = []
+    watch = DisplacementWatch(0.1, "Advice.", told.append)
+    for step in range(1, 20):
+        watch.look({"step": step, "reward_chosen": -0.3, "reward_margin": 0.2})
+    assert not told
+    watch.look({"step": 20, "reward_chosen": -0.3, "reward_margin": 0.2})
+    watch.look({"step": 21, "reward_chosen": -0.9, "reward_margin": 0.9})
+    assert told == [
+        "warning: step 20: over the last 20 logged steps chosen answers are less likely than to the reference "
+        "(mean log-ratio -3.0) while the margin of their reward is 0.200. Advice."
+    ]
+    for chosen, margin in ((-0.05, 0.2), (-0.3, -0.1), (0.3, 0.2)):  # half a nat; no margin; likelier
+        told.clear()
+        watch = DisplacementWatch(0.1, "Advice.", told.append)
+        for step in range(1, 40):
+            watch.look({"step": step, "reward_chosen": chosen, "reward_margin": margin})
+        assert not told
