@@ -416,3 +416,16 @@ def test_without_an_evaluation_the_last_steps_are_looked_at(capsys):
         for step in range(1, 40):
             watch.look({"step": step, "reward_chosen": chosen, "reward_margin": margin})
         assert not told
+
+
+def test_a_run_is_merged_as_any_other(prefer_config, tmp_path):
+    config = prefer_config()
+    result = tunesmith.prefer(config)
+    tunesmith.merge([result.run], tmp_path / "merged")
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(config["model"]["path"]), result.final
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(1, 60)[None]
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, tuned(ids).logits, atol=1e-4)
