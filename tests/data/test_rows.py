@@ -68,7 +68,7 @@ def test_documents_of_which_none_makes_a_block_are_said_when_all_have_been_read(
     for buffer in (3, 20, 1000):
         with pytest.raises(DataError, match="no document of it can be trained on"):
             stream(sources, buffer=buffer, blocks=lambda documents: [])[0]
-        rare = stream(sources, buffer=buffer, blocks=lambda documents: [d for d in documents if "c/" in d.place])
+        rare = stream(sources, buffer=buffer, blocks=lambda rows: [row for row in rows if "c/" in row.place])
         assert [rare[i].place.split("/")[-2] for i in range(3)] == ["c", "c", "c"]
 
 

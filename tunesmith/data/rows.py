@@ -174,8 +174,8 @@ RowsFrom = Callable[[Position], Iterator[tuple[Position, RawRow]]]
 
 class StreamedRows:
     """Rows read in file order, one of each source in turn while it has any, again from the start when all are
-    read. They are taken in windows of `buffer` rows, or fewer where all have been read, so that every row comes
-    once before any comes again. A window is all that must be read to get at a row:
+    read. They are taken in windows of `buffer` rows, or fewer where all have been read, so that every row
+    comes once before any comes again. A window is all that must be read to get at a row:
 
         item i is a row     shuffled within its window, by a permutation of the window's own; rows that are
                             not asked for are not tokenised

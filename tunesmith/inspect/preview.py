@@ -48,8 +48,8 @@ def preview(
         raise DataError("data.train: there is no row in it.")
     if config.run.recipe == "sft" and any(row.format == "text" for row in shown):
         say(
-            f"Texts are shown as `tunesmith sft` takes them, with data.too_long={config.data.too_long}. To see what "
-            "`tunesmith pretrain` does, which splits long ones: run.recipe=pretrain"
+            f"Texts are shown as `tunesmith sft` takes them, data.too_long={config.data.too_long}. To see "
+            "what `tunesmith pretrain` does, which splits long ones: run.recipe=pretrain"
         )
     if html is not None:
         _write(html, page(shown, _settings(config), totals(report)))
