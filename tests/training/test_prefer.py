@@ -407,8 +407,8 @@ def test_without_an_evaluation_the_last_steps_are_looked_at(capsys):
     watch.look({"step": 20, "reward_chosen": -0.3, "reward_margin": 0.2})
     watch.look({"step": 21, "reward_chosen": -0.9, "reward_margin": 0.9})
     assert told == [
-        "warning: step 20: over the last 20 logged steps chosen answers are less likely than to the reference "
-        "(mean log-ratio -3.0) while the margin of their reward is 0.200. Advice."
+        "warning: step 20: over the last 20 logged steps chosen answers are less likely than to the "
+        "reference (mean log-ratio -3.0) while the margin of their reward is 0.200. Advice."
     ]
     for chosen, margin in ((-0.05, 0.2), (-0.3, -0.1), (0.3, 0.2)):  # half a nat; no margin; likelier
         told.clear()
