@@ -267,6 +267,20 @@ def test_another_model_or_other_rows_ask_anew(prefer_config, capsys, tmp_path):
         assert "rows computed" in capsys.readouterr().out
 
 
+def test_what_one_run_was_told_stays_when_another_asks_about_more(prefer_config, tmp_path):
+    config = prefer_config(model={"dtype": "bfloat16"}, train={"epochs": None, "max_steps": 2})
+    tunesmith.prefer(config)
+    (file,) = (tmp_path / "cache").glob("reference-*/targets.f32")
+    before = np.fromfile(file, dtype=np.float32)
+    # Other rows beside them, in passes of another size: in bfloat16 they would be told something else.
+    config["train"] |= {"max_steps": 5, "micro_batch_tokens": 300}
+    tunesmith.prefer(config | {"run": config["run"] | {"name": "more", "seed": 8}})
+    after = np.fromfile(file, dtype=np.float32)
+    assert np.isnan(before).any()
+    assert not np.isnan(after).any()
+    assert np.array_equal(before[~np.isnan(before)], after[~np.isnan(before)])
+
+
 def test_only_rows_that_are_drawn_are_asked_about(prefer_config, capsys):
     tunesmith.prefer(prefer_config(train={"epochs": None, "max_steps": 2}))
     assert "reference log-probabilities of 8 rows computed" in capsys.readouterr().out
