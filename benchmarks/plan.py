@@ -181,6 +181,8 @@ def _write(file: Path, num_rows: int) -> None:
                     "num_targets": np.full(size, 32, np.int32),
                     "fingerprint": np.arange(first, first + size, dtype=np.uint64),
                     "place": [f"rows.jsonl:{first + i}" for i in range(size)],
+                    "side": np.zeros(size, np.int8),
+                    "margin": np.zeros(size, np.float32),
                 }
             )
             stream = stream or pa.ipc.new_stream(sink, batch.schema)

@@ -102,6 +102,29 @@ def conversations(number: int, seed: int = 0, *, max_turns: int = 2) -> list[dic
     ]
 
 
+def judged_pairs(number: int, seed: int = 0) -> list[dict]:
+    """Chats whose last answer is judged; about half of the rejected ones begin as the chosen one does."""
+    rng = random.Random(seed)
+    rows = []
+    for mine, other in zip(conversations(number, seed), conversations(number, seed + 1), strict=True):
+        chosen, rejected = mine["messages"][-1]["content"], other["messages"][-1]["content"]
+        if rng.random() < 0.5:
+            rejected = f"{chosen[: len(chosen) // 2]} {rejected}"
+        rows.append(
+            {"messages": mine["messages"][:-1], "chosen": f"{chosen} yes", "rejected": f"{rejected} or no"}
+        )
+    return rows
+
+
+def labelled_answers(number: int, desirable: float = 0.6, seed: int = 0) -> list[dict]:
+    """Answers with a label; about so large a share of them is desirable."""
+    rng = random.Random(seed)
+    return [
+        {"messages": row["messages"][-2:], "label": rng.random() < desirable}
+        for row in conversations(number, seed)
+    ]
+
+
 def write_rows(file: Path, rows: list[dict]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file

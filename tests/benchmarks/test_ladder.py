@@ -47,10 +47,7 @@ def model(tmp_path):
 
 @pytest.mark.parametrize(
     ("workload", "rungs"),
-    [
-        ("a", ["plain_fp32", "tree", "tunesmith"]),
-        ("c", ["plain_fp32", "head", "tree", "tree_cached", "tunesmith"]),
-    ],
+    [("a", ["plain_fp32", "tunesmith"]), ("c", ["plain_fp32", "tree_cached", "tunesmith"])],
 )
 def test_the_first_and_the_last_rung_have_the_same_losses(workload, rungs, data, model, tmp_path):
     out = tmp_path / "ladder.json"

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from tiny import conversations, make_tiny_model, write_rows
+from tiny import conversations, judged_pairs, labelled_answers, make_tiny_model, write_rows
 
 from tunesmith.inspect.verify_resume import metrics_without_times, read_tensors
 from tunesmith.training.checkpoints import Checkpoints
@@ -65,6 +65,7 @@ SCENARIOS = {
     ),
     "lazy, 2 loader workers": Scenario({"data": {"loading": "lazy"}, "train": {"loader_workers": 2}}),
     "2 ranks": Scenario({}, ranks=2),
+    "preference": Scenario({"prefer": {"method": "dpo"}, "train": {"learning_rate": 3e-3}}),
 }
 
 
@@ -78,7 +79,7 @@ def scenario_config(sections: Sections, folder: Path) -> Sections:
     if sections.get("adapter", {}).get("method") == "none":
         config["adapter"] = {}
     for section, values in sections.items():
-        config[section] |= values
+        config[section] = config.get(section, {}) | values
     config["model"]["path"] = str(folder / "model")
     config["data"] |= {
         "train": str(folder / "train.jsonl"),
@@ -86,6 +87,11 @@ def scenario_config(sections: Sections, folder: Path) -> Sections:
         "cache_dir": str(folder / "cache"),
     }
     config["run"] = {"output_dir": str(folder / "runs"), "seed": 3}
+    if method := sections.get("prefer", {}).get("method"):
+        config["run"]["recipe"] = "prefer"
+        for part, number in (("train", 22), ("valid", 6)):
+            rows = labelled_answers(number) if method == "kto" else judged_pairs(number, seed=number)
+            config["data"][part] = str(write_rows(folder / f"{part}-{method}.jsonl", rows))
     return config
 
 

@@ -465,7 +465,6 @@ def test_the_account_has_every_row_and_pair_once(tmp_path: Path, tiny_tokenizer:
     assert line.split("; ")[1:] == [
         "2 pairs",
         "1 bad rows left out",
-        "2 over data.max_length left out",
         "1 pairs left out: both answers are the same",
         "1 pairs left out: the answers differ only past data.max_length",
         "1 rows without a pair",

@@ -30,9 +30,9 @@ def sources(tmp_path):
     return [SourceConfig(path=str(tmp_path / name)) for name in "abc"]
 
 
-def stream(sources, *, length=200, buffer=6):
+def stream(sources, *, length=200, buffer=6, **options):
     read = [(partial(iter_rows_from, source, max_row_bytes=1 << 20), Unprepared()) for source in sources]
-    return StreamedRows(read, length=length, buffer=buffer, seed=5, skip_bad_rows=False)
+    return StreamedRows(read, length=length, buffer=buffer, seed=5, skip_bad_rows=False, **options)
 
 
 def test_a_source_is_read_from_any_row_on(sources):
@@ -42,22 +42,53 @@ def test_a_source_is_read_from_any_row_on(sources):
         assert list(iter_rows_from(sources[1], position, max_row_bytes=1 << 20)) == whole[number:]
 
 
-def test_every_row_comes_once_before_any_comes_again_but_for_the_shuffling_in_blocks(sources):
+@pytest.mark.parametrize("buffer", [5, 6, 19, 20, 21, 1000])
+def test_every_row_comes_once_before_any_comes_again(sources, buffer):
+    rows = stream(sources, buffer=buffer)
+    rounds = [[rows[i].place for i in range(at, at + 20)] for at in (0, 20, 40)]
+    assert [len(set(places)) for places in rounds] == [20, 20, 20]
+    assert rounds[0] != rounds[1]  # in another order
+
+
+@pytest.mark.parametrize("buffer", [19, 20, 41, 1000])
+def test_a_stream_may_have_fewer_rows_than_are_shuffled_together(sources, buffer):
+    """Each round is a window, or two, and its documents are grouped with one another alone."""
+    groups = []
+
+    def as_they_are(documents):
+        groups.append(len(documents))
+        return documents
+
+    rows = stream(sources, buffer=buffer, blocks=as_they_are)
+    assert len({rows[i].place for i in range(20)}) == len({rows[i].place for i in range(20, 40)}) == 20
+    assert groups == ([19, 1, 19, 1] if buffer == 19 else [20, 20])
+
+
+def test_documents_of_which_none_makes_a_block_are_said_when_all_have_been_read(sources):
+    for buffer in (3, 20, 1000):
+        with pytest.raises(DataError, match="no document of it can be trained on"):
+            stream(sources, buffer=buffer, blocks=lambda documents: [])[0]
+        rare = stream(sources, buffer=buffer, blocks=lambda rows: [row for row in rows if "c/" in row.place])
+        assert [rare[i].place.split("/")[-2] for i in range(3)] == ["c", "c", "c"]
+
+
+def test_rows_are_shuffled_in_their_window_and_the_sources_take_turns(sources):
     rows = stream(sources, buffer=5)
-    first = [rows[i].place for i in range(20)]
-    assert len(set(first)) == 20
     in_order = stream(sources, buffer=1)
-    assert {rows[i].place for i in range(20)} == {in_order[i].place for i in range(20)}
+    for at in range(0, 20, 5):
+        places, ordered = ([some[i].place for i in range(at, at + 5)] for some in (rows, in_order))
+        assert sorted(places) == sorted(ordered)
     assert [rows[i].place for i in range(5)] != [in_order[i].place for i in range(5)]
     turns = [in_order[i].place.split("/")[-2] for i in range(20)]
     assert "".join(turns) == "abc" + "ab" * 6 + "b" * 5
 
 
-def test_a_stream_taken_up_at_any_item_goes_on_as_it_would_have(sources):
-    straight = stream(sources)
+@pytest.mark.parametrize("buffer", [6, 20, 1000])
+def test_a_stream_taken_up_at_any_item_goes_on_as_it_would_have(sources, buffer):
+    straight = stream(sources, buffer=buffer)
     places = [straight[i] for i in range(100)]
     for item in (0, 5, 6, 17, 18, 19, 40, 59, 95):
-        resumed = stream(sources)
+        resumed = stream(sources, buffer=buffer)
         resumed.start_at(places[item].stream)
         assert [resumed[i].place for i in range(item, 100)] == [row.place for row in places[item:]]
 

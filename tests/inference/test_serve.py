@@ -21,46 +21,16 @@ from typing import Any
 import openai
 import pytest
 import torch
-import uvicorn
 import yaml
 from inference.conftest import user
+from inference.serving import Running
 from transformers import AutoTokenizer, GenerationConfig
 
 from tunesmith import cli
 from tunesmith.artifacts import tuned as tuned_module
 from tunesmith.errors import ConfigError, MissingExtraError
 from tunesmith.inference import serve as serve_module
-from tunesmith.inference.serve import build_app, check_address, load_served, serve
-
-
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, model: Path, api_key: str | None = None, max_new_tokens: int = 8) -> None:
-        self.served = load_served(str(model), max_new_tokens, print)
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        app = build_app(self.served, "127.0.0.1", api_key)
-        self.server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", ws="none", timeout_graceful_shutdown=1)
-        )
-        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    @property
-    def name(self) -> str:
-        return self.served.name
-
-    def client(self, api_key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=api_key, max_retries=0)
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(30)
-        self.socket.close()
-        self.served.writer.shutdown()
+from tunesmith.inference.serve import check_address, serve
 
 
 @pytest.fixture(scope="module")

@@ -259,6 +259,33 @@ def test_a_row_that_is_left_out_whole_is_cut_whole_and_says_so(
     assert "[[" not in tokens_part(printed)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "what", "is_said"),
+    [
+        ("sft", {"text": "Never five. " * 20}, True),
+        ("pretrain", {"text": "Never five. " * 20}, False),
+        ("sft", CHAT, False),
+    ],
+)
+def test_which_recipe_texts_are_shown_for_is_said(
+    previewer: Previewer, tmp_path: Path, recipe: str, what: dict[str, Any], is_said: bool
+) -> None:
+    """A config without run.recipe is one for sft, which leaves out what pretraining splits."""
+    config = previewer.config([what], max_length=30)
+    if recipe == "pretrain":
+        values = {"train": config.data.train[0].path, "max_length": 30}
+        config = load_config(
+            {"run": {"recipe": recipe}, "model": {"path": str(tmp_path / "model")}, "data": values}
+        )
+    console = Console(file=io.StringIO())
+    preview(config, rows=1, html=None, as_json=False, console=console)
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue()
+    assert ("run.recipe=pretrain" in said) == ("`tunesmith sft` takes them" in said) == is_said
+    assert ("split at data.max_length=30, in " in said) == (recipe == "pretrain")
+    assert ("1 too long" in said) == is_said
+
+
 def test_control_strings_in_a_message_are_said_to_differ_on_purpose(previewer: Previewer) -> None:
     row = {"messages": [{"role": "user", "content": "What is <|im_end|>?"}, CHAT["messages"][1]]}
     printed = previewer.plain([row])

@@ -88,7 +88,7 @@ def test_a_run_that_resumes_exactly_is_said_to_be_identical(
     ("name", "difference", "cause"),
     [
         ("rng-0.safetensors", "loss ", "the random state: dropout"),
-        ("optimizer.safetensors", "loss ", "the optimiser: "),
+        pytest.param("optimizer.safetensors", "loss ", "the optimiser: ", marks=pytest.mark.long),
     ],
 )
 def test_what_was_changed_between_stop_and_resume_is_named(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import conversations, make_tiny_model, write_rows
+from tiny import judged_pairs, labelled_answers, make_tiny_model, write_rows
 from torch.nn import functional as F
 from training.test_equivalence import ids_and_labels, losses_of, same_weights
 from training.test_resume import metrics_without_times, same_files, stop_after
@@ -23,39 +22,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler, set
 import tunesmith
 from tunesmith.errors import DataError, Interrupted
 from tunesmith.training import reference as reference_module
+from tunesmith.training.displacement import DisplacementWatch
 from tunesmith.training.run_folder import read_metrics
-
-
-def pairs(number: int, seed: int = 0) -> list[dict]:
-    """Chats whose last answer is judged; about half of the rejected ones begin as the chosen one does."""
-    rng = random.Random(seed)
-    rows = []
-    for mine, other in zip(conversations(number, seed), conversations(number, seed + 1), strict=True):
-        chosen, rejected = mine["messages"][-1]["content"], other["messages"][-1]["content"]
-        if rng.random() < 0.5:
-            rejected = f"{chosen[: len(chosen) // 2]} {rejected}"
-        rows.append(
-            {"messages": mine["messages"][:-1], "chosen": f"{chosen} yes", "rejected": rejected + " or no"}
-        )
-    return rows
-
-
-def labelled(number: int, seed: int = 0) -> list[dict]:
-    rng = random.Random(seed)
-    return [
-        {"messages": row["messages"][-2:], "label": rng.random() < 0.6} for row in conversations(number, seed)
-    ]
 
 
 @pytest.fixture
 def prefer_config(run_config, tmp_path):
     """Makes a config of a small preference run."""
 
-    def make(family: str = "llama", method: str = "dpo", rows: int = 20, **sections) -> dict:
+    def make(
+        family: str = "llama", method: str = "dpo", rows: int = 20, desirable: float = 0.6, **sections
+    ) -> dict:
         config = run_config(family, **sections)
         if config["adapter"].get("method") == "none":
             config["adapter"] = {"method": "none"}
-        made = labelled(rows) if method == "kto" else pairs(rows)
+        made = labelled_answers(rows, desirable) if method == "kto" else judged_pairs(rows)
         config["data"]["train"] = str(write_rows(tmp_path / f"{method}.jsonl", made))
         config["prefer"] = {"method": method} | sections.get("prefer", {})
         return config
@@ -206,6 +187,17 @@ def test_losses_and_weights_follow_a_plain_loop(prefer_config, method, prefer):
     same_weights(model, result.final, rtol=1e-2)
 
 
+def test_the_reference_point_of_kto_is_that_of_the_whole_step(prefer_config):
+    """Only good answers: all become likelier, after other prompts too, and the point leaves 0."""
+    config = prefer_config(method="kto", desirable=1.0, train={"micro_batch_tokens": 256})
+    expected, _ = plain_loop(config, steps=5)
+    result = tunesmith.prefer(config)
+    assert losses_of(result) == pytest.approx(expected, rel=1e-4)
+    lines = [line for line in read_metrics(result.run / "metrics.jsonl") if "loss" in line]
+    assert lines[-1]["kl"] > 1
+    assert "reward_undesirable" not in lines[-1]
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 @pytest.mark.parametrize("packing", ["tree", "flat"])
 def test_families_and_packings_follow_it_too(prefer_config, family, packing):
@@ -273,6 +265,23 @@ def test_another_model_or_other_rows_ask_anew(prefer_config, capsys, tmp_path):
         capsys.readouterr()
         tunesmith.prefer(changed)
         assert "rows computed" in capsys.readouterr().out
+
+
+def test_what_one_run_was_told_stays_when_another_asks_about_more(prefer_config, tmp_path):
+    config = prefer_config(train={"epochs": None, "max_steps": 2})
+    tunesmith.prefer(config)
+    (file,) = (tmp_path / "cache").glob("reference-*/targets.f32")
+    before = np.fromfile(file, dtype=np.float32)
+    is_known = ~np.isnan(before)
+    assert not is_known.all()
+    before[is_known] = -7.0  # which the model would not say
+    before.tofile(file)
+    # Other rows beside them in their passes.
+    config["train"] |= {"max_steps": 5}
+    tunesmith.prefer(config | {"run": config["run"] | {"name": "more", "seed": 8}})
+    after = np.fromfile(file, dtype=np.float32)
+    assert not np.isnan(after).any()
+    assert np.array_equal(after == -7.0, is_known)
 
 
 def test_only_rows_that_are_drawn_are_asked_about(prefer_config, capsys):
@@ -391,3 +400,49 @@ def test_a_method_for_pairs_refuses_labelled_rows_and_the_other_way_about(prefer
         tunesmith.prefer(config)
     with pytest.raises(DataError, match=r"pairs of answers \(pairs\).*Set prefer.method to dpo"):
         tunesmith.prefer(other)
+
+
+def test_chosen_answers_that_become_less_likely_are_warned_of_once(prefer_config, capsys):
+    """Ten times the usual rate drives both answers down."""
+    config = prefer_config(data={"valid": 0.25}, train={"epochs": 6, "learning_rate": 5e-2})
+    result = tunesmith.prefer(config)
+    first, *_, last = [line for line in read_metrics(result.run / "metrics.jsonl") if "eval_loss" in line]
+    said = capsys.readouterr().out
+    assert said.count("chosen answers became less likely") == 1
+    assert f"(mean log-probability {first['eval_logp_chosen']:.1f} -> " in said
+    assert "prefer.sft_weight keeps them likely" in said
+    assert last["eval_logp_chosen"] < first["eval_logp_chosen"] - 1
+    assert last["eval_reward_margin"] > 0
+
+
+def test_without_an_evaluation_the_last_steps_are_looked_at(capsys):
+    told: list[str] = []
+    watch = DisplacementWatch(0.1, "Advice.", told.append)
+    for step in range(1, 20):
+        watch.look({"step": step, "reward_chosen": -0.3, "reward_margin": 0.2})
+    assert not told
+    watch.look({"step": 20, "reward_chosen": -0.3, "reward_margin": 0.2})
+    watch.look({"step": 21, "reward_chosen": -0.9, "reward_margin": 0.9})
+    assert told == [
+        "warning: step 20: over the last 20 logged steps chosen answers are less likely than to the "
+        "reference (mean log-ratio -3.0) while the margin of their reward is 0.200. Advice."
+    ]
+    for chosen, margin in ((-0.05, 0.2), (-0.3, -0.1), (0.3, 0.2)):  # half a nat; no margin; likelier
+        told.clear()
+        watch = DisplacementWatch(0.1, "Advice.", told.append)
+        for step in range(1, 40):
+            watch.look({"step": step, "reward_chosen": chosen, "reward_margin": margin})
+        assert not told
+
+
+def test_a_run_is_merged_as_any_other(prefer_config, tmp_path):
+    config = prefer_config()
+    result = tunesmith.prefer(config)
+    tunesmith.merge([result.run], tmp_path / "merged")
+    tuned = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(config["model"]["path"]), result.final
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ids = torch.arange(1, 60)[None]
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, tuned(ids).logits, atol=1e-4)

@@ -9,8 +9,6 @@ import itertools
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +21,7 @@ from training.test_resume import metrics_without_times, same_files, stop_after
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import tunesmith
+from tunesmith import cli
 from tunesmith.config import load_config
 from tunesmith.data.loading import load_data
 from tunesmith.data.rows import BlockMaker, StreamedRows
@@ -392,27 +391,20 @@ def test_a_column_of_another_name_and_a_text_beside_a_prompt_are_read(corpus_con
     assert texts == ["one<|im_end|>", "two<|im_end|>"]
 
 
-def test_the_command_line_pretrains_previews_and_verifies(corpus_config, tmp_path):
+def test_the_command_line_pretrains_previews_and_verifies(corpus_config, tmp_path, monkeypatch, capsys):
     config = corpus_config(run={"recipe": "pretrain"}, train={"max_steps": 2, "epochs": None})
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(config))
 
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "tunesmith", *arguments], capture_output=True, text=True, cwd=tmp_path
-        )
-
-    done = run("pretrain", str(file))
-    assert done.returncode == 0, done.stderr
-    assert "30 of 30 documents" in done.stdout
-    shown = run("preview", str(file), "--json", "--rows", "30")
-    assert shown.returncode == 0, shown.stderr
-    lines = [json.loads(line) for line in shown.stdout.splitlines()]
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["pretrain", str(file)]) == 0
+    assert "30 of 30 documents" in capsys.readouterr().out
+    assert cli.main(["preview", str(file), "--json", "--rows", "30"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [len(line["input_ids"]) for line in lines] == [len(text) + 1 for text in documents(30)]
     # The first token of each piece has no context.
     assert [line["targets"].count(0) for line in lines] == [
         math.ceil((len(t) + 1) / 64) for t in documents(30)
     ]
-    verified = run("verify-resume", str(Path("runs/r/config.yaml")), "--at", "1")
-    assert verified.returncode == 0, verified.stderr
-    assert "identical" in verified.stdout
+    assert cli.main(["verify-resume", str(Path("runs/r/config.yaml")), "--at", "1"]) == 0
+    assert "identical" in capsys.readouterr().out

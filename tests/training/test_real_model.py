@@ -83,13 +83,13 @@ def plain_losses(model_path, rows, seed):
 
 @pytest.mark.demo_model
 @pytest.mark.parametrize(
-    ("name", "to_messages"),
-    [("alpaca_en_demo.json", alpaca_messages), ("glaive_toolcall_en_demo.json", sharegpt_messages)],
+    ("name", "to_messages", "longest"),
+    [("alpaca_en_demo.json", alpaca_messages, 600), ("glaive_toolcall_en_demo.json", sharegpt_messages, 900)],
 )
-def test_losses_on_real_rows_follow_a_plain_loop(shared, demo_model, tmp_path, name, to_messages):
+def test_losses_on_real_rows_follow_a_plain_loop(shared, demo_model, tmp_path, name, to_messages, longest):
     rows = json.loads((shared / "data" / name).read_text(encoding="utf-8"))
     # Short rows: float32 at 135M parameters is slow on two cores, and length is not what is tested.
-    rows = [row for row in rows if len(json.dumps(row)) < 1500][:40]
+    rows = [row for row in rows if len(json.dumps(row)) < longest][:40]
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     expected = plain_losses(demo_model, [to_messages(row) for row in rows], seed=5)
     result = tunesmith.sft(

@@ -112,7 +112,8 @@ def real_rows(found: Found, tokenizer: Any, data: str | None, say: Say) -> tuple
     a few prompts. And what to call them."""
     config = found.run
     if data is not None:
-        config = load_config({"model": {"path": found.base}, "data": {"train": data}})
+        recipe = found.run.run.recipe if found.run is not None else None
+        config = load_config({"model": {"path": found.base}, "data": {"train": data}}, recipe=recipe)
     if config is not None:
         valid = config.data.valid
         source = (valid if isinstance(valid, list) else config.data.train)[0]

@@ -15,6 +15,12 @@ from tunesmith.training.session import Session
 
 # Of a few answers more than half should end within twice the length they should have.
 _LOW_STOP_RATE = 0.5
+# Of the last evaluation: of texts, of pairs of answers, of labelled ones.
+_MORE = (
+    *("eval_perplexity", "eval_bits_per_byte"),
+    *("eval_reward_margin", "eval_reward_accuracy", "eval_logp_accuracy"),
+    *("eval_reward_desirable", "eval_reward_undesirable"),
+)
 
 
 def finish_run(session: Session) -> dict[str, Any]:
@@ -58,9 +64,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     tuned = [line for line in evals if line["step"]]
     seconds = sum(line["step_s"] for line in steps)
     tokens, targets = sum(line["tokens"] for line in steps), sum(line["target_tokens"] for line in steps)
-    of_texts: dict[str, Any] = {
-        key: tuned[-1][key] for key in ("eval_perplexity", "eval_bits_per_byte") if tuned and key in tuned[-1]
-    }
+    more: dict[str, Any] = {key: tuned[-1][key] for key in _MORE if tuned and key in tuned[-1]}
     best = min(tuned, key=lambda line: line["eval_loss"], default=None)
     return {
         "steps": steps[-1]["step"] if steps else 0,
@@ -71,7 +75,7 @@ def summarise(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "last_loss": steps[-1]["loss"] if steps else None,
         "eval_loss_before": next((line["eval_loss"] for line in evals if not line["step"]), None),
         "eval_loss": tuned[-1]["eval_loss"] if tuned else None,
-        **of_texts,
+        **more,
         "best_eval_loss": best["eval_loss"] if best else None,
         "best_step": best["step"] if best else None,
         "train_s": round(seconds, 3),
@@ -114,6 +118,7 @@ def print_summary(console: Console, summary: dict[str, Any]) -> None:
         ("loss first -> last", _change(summary["first_loss"], summary["last_loss"])),
         ("eval loss before -> after", _change(summary["eval_loss_before"], summary["eval_loss"])),
         ("perplexity, bits per byte", _of_texts(summary)),
+        ("reward of chosen over rejected", _rewards(summary)),
         ("exact match before -> after", _percentages(summary)),
         ("answers that end by themselves", _stops(summary)),
         ("training time", f"{summary['train_s']:.0f} s"),
@@ -173,6 +178,13 @@ def _of_texts(summary: dict[str, Any]) -> str:
     if "eval_perplexity" not in summary:
         return ""
     return f"{summary['eval_perplexity']:.4g}, {summary['eval_bits_per_byte']:.4f}"
+
+
+def _rewards(summary: dict[str, Any]) -> str:
+    if "eval_reward_accuracy" not in summary:
+        return ""
+    accuracy = f"{100 * summary['eval_reward_accuracy']:.1f} % of validation pairs"
+    return f"greater in {accuracy}, by {summary['eval_reward_margin']:.4f} on average"
 
 
 def _percentages(summary: dict[str, Any]) -> str:

@@ -164,11 +164,9 @@ def _fingerprints(rows: RowSet, config: Config) -> NDArray[np.uint64]:
     found = rows.rows.fingerprints()
     if config.run.recipe != "prefer" or not len(found):
         return found
-    starts = rows.row_starts
-    number_in_row = np.arange(len(found)) - np.repeat(starts[:-1], np.diff(starts))
-    # Odd factors keep the order apart: chosen and rejected are not what rejected and chosen are.
-    factors = (4 * number_in_row + 2 * rows.rows.column("side") + 1).astype(np.uint64)
-    return np.add.reduceat(found * factors, starts[:-1])
+    # Odd factors keep the sides apart: chosen and rejected are not what rejected and chosen are.
+    factors = (2 * rows.rows.column("side") + 1).astype(np.uint64)
+    return np.add.reduceat(found * factors, rows.row_starts[:-1])
 
 
 # --- answers that are judged

@@ -403,8 +403,7 @@ class Preparer:
         examples of both answers of a pair or of the one answer."""
         if not self._judges_answers:
             return [[[example]] for answer in answers for example in answer]
-        size = 1 if self.options.format == "labelled" else 2
-        return [answers[i : i + size] for i in range(0, len(answers), size)]
+        return [answers[i : i + 2] for i in range(0, len(answers), 2)]
 
     def _cut(self, example: Example) -> list[Example]:
         """The example as `too_long` would have it: cut, in pieces, or nothing."""

@@ -148,11 +148,13 @@ class SourceReport:
                 f"{self.tokens / self.rows_kept:,.0f} tokens a document, "
                 f"{self.text_bytes / self.tokens:.2f} bytes a token"
             )
+        # A pair goes whole, with an answer that is short enough: pairs are counted below.
+        too_long = 0 if self.pairs_left_out else self.examples_too_long
         parts += [
             f"{count:,} {what}"
             for count, what in (
                 (self.rows_bad, f"bad {rows} left out"),
-                (self.examples_too_long, "over data.max_length left out"),
+                (too_long, "over data.max_length left out"),
                 (self.rows_cut, "cut at data.max_length"),
                 (self.rows_split, f"split at data.max_length, in {self.pieces:,} pieces"),
             )

@@ -238,7 +238,8 @@ RowsFrom = Callable[[Position], Iterator[tuple[Position, RawRow]]]
 
 class StreamedRows:
     """Rows read in file order, one of each source in turn while it has any, again from the start when all are
-    read. They are taken in windows of `buffer` rows, which is all that must be read to get at a row:
+    read. They are taken in windows of `buffer` rows, or fewer where all have been read, so that every row
+    comes once before any comes again. A window is all that must be read to get at a row:
 
         item i is a row     shuffled within its window, by a permutation of the window's own; rows that are
                             not asked for are not tokenised
@@ -310,10 +311,11 @@ class StreamedRows:
         rows: Sequence[Any] = []
         rounds = turns.rounds
         while not rows:
-            rows = [next(turns) for _ in range(self._buffer)]
+            rows = turns.take(self._buffer)
             if self._make_blocks is not None:
                 rows = self._make_blocks(self._prepared(rows))
-            if turns.rounds > rounds + 1:
+            # The first round may have begun in the middle.
+            if not rows and turns.rounds > rounds + 1:
                 raise DataError("data.train: no document of it can be trained on.")
         order = np.random.default_rng([self._seed, number]).permutation(len(rows))
         return _Window(place, first, first + len(rows), [rows[i] for i in order])
@@ -393,19 +395,26 @@ class _Turns:
         """What begins here again: file and row of each source, and whose turn it is."""
         return {"positions": list(self._positions), "turn": self._turn}
 
-    def __next__(self) -> tuple[int, RawRow]:
-        while True:
+    def take(self, number: int) -> list[tuple[int, RawRow]]:
+        """The next `number` rows, or fewer where all have been read; never none."""
+        rows: list[tuple[int, RawRow]] = []
+        while len(rows) < number:
             for _ in self._sources:
                 source, self._turn = self._turn, (self._turn + 1) % len(self._sources)
                 if (row := self._next_of(source)) is not None:
-                    self._has_rows = True
-                    return source, row
-            if not self._has_rows:
-                raise DataError("data.train: there is no row in it.")
-            self._has_rows = False
-            self.rounds += 1
-            self._positions = [(0, 0)] * len(self._sources)
-            self._turn = 0
+                    rows.append((source, row))
+                    break
+            else:
+                if not rows and not self._has_rows:
+                    raise DataError("data.train: there is no row in it.")
+                self._has_rows = False
+                self.rounds += 1
+                self._positions = [(0, 0)] * len(self._sources)
+                self._turn = 0
+                if rows:
+                    return rows
+        self._has_rows = True
+        return rows
 
     def _next_of(self, source: int) -> RawRow | None:
         position = self._positions[source]

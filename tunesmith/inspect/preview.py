@@ -47,6 +47,11 @@ def preview(
     shown, report = show_rows(config, tokenizer, rows, say)
     if not shown:
         raise DataError("data.train: there is no row in it.")
+    if config.run.recipe == "sft" and any(row.format == "text" for row in shown):
+        say(
+            f"Texts are shown as `tunesmith sft` takes them, data.too_long={config.data.too_long}. To see "
+            "what `tunesmith pretrain` does, which splits long ones: run.recipe=pretrain"
+        )
     if html is not None:
         _write(html, page(shown, _settings(config), totals(report)))
     if as_json:
@@ -228,6 +233,7 @@ def _settings(config: Config) -> dict[str, str]:
     data = config.data
     origin, place = config.model.tokenizer_origin
     return {
+        "run.recipe": str(config.run.recipe),
         origin: place,
         "data.train": ", ".join(source.path for source in data.train),
         "data.template": data.template,

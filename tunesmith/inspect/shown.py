@@ -242,12 +242,13 @@ def _show_answers(
 
 
 def _num_shared(chosen: Trace, rejected: Trace) -> int:
-    """Tokens that both begin with, before the first target of either."""
-    ids = [trace.example.input_ids for trace in (chosen, rejected)]
-    spans = [trace.example.spans for trace in (chosen, rejected)]
-    size = min(int(span[0, 0]) if len(span) else 0 for span in spans)
-    different = np.flatnonzero(ids[0][:size] != ids[1][:size])
-    return int(different[0]) if len(different) else size
+    """Tokens that both begin with, before the first target."""
+    spans = chosen.example.spans
+    size = int(spans[0, 0]) if len(spans) else 0
+    ids = [trace.example.input_ids[:size] for trace in (chosen, rejected)]
+    shorter = min(map(len, ids))
+    different = np.flatnonzero(ids[0][:shorter] != ids[1][:shorter])
+    return int(different[0]) if len(different) else shorter
 
 
 def _rejoined(pieces: Sequence[Example]) -> Example:

@@ -4,7 +4,8 @@ never stopped.
     straight   a short run from its first step to its last
     resumed    the same, killed when the checkpoint of a step is complete, and gone on with
 
-Each is `tunesmith sft` (or `pretrain`, as run.recipe says) in a process of its own, in a temporary folder.
+Each is the verb of run.recipe (`tunesmith sft`, if it does not say) in a process of its own, in a temporary
+folder.
 Compared bit by bit: the checkpoint at the stop, every line of metrics.jsonl but for times, and the last
 checkpoint.
 """

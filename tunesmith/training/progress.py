@@ -70,7 +70,7 @@ class ProgressLine(TrainerCallback):
         self._eval = line if "eval_loss" in line else self._eval
         if "loss" not in line:
             if line["step"]:
-                shown = f"step {line['step']}  eval loss {line['eval_loss']:.4f}" + _of_texts(line)
+                shown = f"step {line['step']}  eval loss {line['eval_loss']:.4f}" + _more_of(line)
                 self._console.print(shown, highlight=False, soft_wrap=True)
             return
         text = self._text(line)
@@ -92,7 +92,7 @@ class ProgressLine(TrainerCallback):
             f"loss {line['loss']:.4f}",
         ]
         if self._eval:
-            parts.append(f"eval {self._eval['eval_loss']:.4f}" + _of_texts(self._eval))
+            parts.append(f"eval {self._eval['eval_loss']:.4f}" + _more_of(self._eval))
         parts += [
             f"{line['tokens_per_s']:,.0f} tokens/s",
             f"{_clock(left)} left",
@@ -101,8 +101,10 @@ class ProgressLine(TrainerCallback):
         return "  ".join(parts)
 
 
-def _of_texts(line: dict[str, Any]) -> str:
-    """Perplexity and bits per byte, if an evaluation has them."""
+def _more_of(line: dict[str, Any]) -> str:
+    """Perplexity and bits per byte, or how pairs of answers are told apart, if an evaluation has them."""
+    if "eval_reward_accuracy" in line:
+        return f"  accuracy {line['eval_reward_accuracy']:.3f}  margin {line['eval_reward_margin']:.3f}"
     if "eval_perplexity" not in line:
         return ""
     return f"  perplexity {line['eval_perplexity']:.4g}  {line['eval_bits_per_byte']:.4f} bits/byte"

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from transformers import PrinterCallback, TrainerCallback
 
 from tunesmith.config import Config
+from tunesmith.config.preferences import PREFERENCES
 from tunesmith.data.encoding import Encoder
 from tunesmith.data.loading import Data, cache_dir
 from tunesmith.data.prepare import text_frame
@@ -44,6 +45,7 @@ from tunesmith.training.callbacks import (
 )
 from tunesmith.training.checkpoints import Checkpoint
 from tunesmith.training.disk import checkpoint_bytes, refuse_small_disk, weights_bytes
+from tunesmith.training.displacement import DisplacementWatch
 from tunesmith.training.environment import versions
 from tunesmith.training.manifest import seal
 from tunesmith.training.objectives import Objective, Pack
@@ -58,7 +60,7 @@ from tunesmith.training.reference import (
     planned_passes,
     reference_key,
 )
-from tunesmith.training.run_folder import RunFolder, write_json
+from tunesmith.training.run_folder import RunFolder, read_metrics, write_json
 from tunesmith.training.saving import Saver
 from tunesmith.training.startup import Startup
 from tunesmith.training.trackers import trackers
@@ -397,12 +399,28 @@ class Session:
             self.progress.say,
         )
         metrics.listeners.append(self._line.show)
+        if isinstance(self.data.train.rows, AnswerRows):
+            metrics.listeners.append(self._displacement().look)
         self._best = KeepBest(self._save_best, config.eval.early_stopping_patience, self.progress.say)
         followers = trackers(config, self.run.path, self.progress.say) if self.is_main else []
         writes = self.is_main or self.trainer.strategy.is_shared_out  # then all of them compute each token
         samples = [self._samples()] if config.eval.prompts and writes else []
         ranks = [RankBudget(model)] if has_budget(model) else []
         return [schedule, *ranks, metrics, *samples, self._best, self._signals, *followers]
+
+    def _displacement(self) -> DisplacementWatch:
+        """As far as the lines that a stopped run has written."""
+        prefer = self.config.prefer
+        assert prefer.method is not None
+        method = PREFERENCES[prefer.method]
+        advice = "A lower train.learning_rate or a larger prefer.beta keeps them"
+        if "sft_weight" in method.keys:
+            advice = "prefer.sft_weight keeps them likely, and so does a lower train.learning_rate"
+        is_of_sums = method.needs_reference and not prefer.length_normalized
+        watch = DisplacementWatch(prefer.beta if is_of_sums else None, f"{advice}.", self.progress.say)
+        for line in read_metrics(self.run.metrics) if self.run.metrics.is_file() else ():
+            watch.look(line, silently=True)
+        return watch
 
     def _samples(self) -> Samples:
         """What the model goes on with at each evaluation."""
