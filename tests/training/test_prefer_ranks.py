@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,14 @@ def test_two_processes_that_are_killed_end_with_the_same_bits(driver, folder, st
     assert not (run / "final").exists()
     train(driver, config, 2)
     assert difference(straight, run) is None
+
+
+@pytest.mark.long
+def test_a_reference_that_is_gone_for_good_is_said_so(driver, folder):
+    config = config_of(folder, "fsdp", "dpo", "none")
+    config["run"]["name"] = "gone"
+    run = train(driver, config, 2, kill_before=["rows", "step 8"])
+    shutil.rmtree(config["data"]["cache_dir"])
+    ended = driver.run(config, run.with_suffix(".log"), ranks=2)
+    assert all(ended.statuses)
+    assert "are no longer in data.cache_dir" in run.with_suffix(".log").read_text()

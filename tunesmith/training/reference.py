@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,14 @@ from numpy.typing import NDArray
 
 from tunesmith.config import Config
 from tunesmith.config.methods import METHODS
+from tunesmith.data.loading import cache_dir
 from tunesmith.data.prepare import PreparedRow
 from tunesmith.data.rows import AnswerRows
+from tunesmith.errors import CheckpointError
 from tunesmith.models.fuse import inward
 from tunesmith.packing.plan import StepPlan
+from tunesmith.training.preference import target_logps
+from tunesmith.training.trainer import PackTrainer
 
 Say = Callable[[str], None]
 Float32s = NDArray[np.float32]
@@ -37,12 +41,6 @@ Float32s = NDArray[np.float32]
 Ask = Callable[[Sequence[PreparedRow]], Float32s]
 _ROUNDS = 16  # passes of each rank between two writes
 _TELL_S = 10.0
-
-
-def can_be_switched_off(config: Config) -> bool:
-    """Whether the model without its adapter is the one that training began with, at any time."""
-    assert config.adapter.method is not None
-    return config.adapter.method != "none" and not METHODS[config.adapter.method].no_off_switch
 
 
 @contextmanager
@@ -53,8 +51,27 @@ def adapter_off(model: Any) -> Iterator[Any]:
         yield model
 
 
-def reference_key(config: Config, model_fingerprint: str, rows: AnswerRows) -> str:
-    """A name for what the model of this config says of these rows."""
+def ask_model(
+    trainer: PackTrainer, config: Config, rows: Sequence[PreparedRow], *, is_resumed: bool
+) -> Float32s:
+    """What the model that the run began with says of each target of the rows, in one pass.
+
+    Raises CheckpointError where it is gone: of a run that goes on, engines that share a model out have given
+    it the checkpoint's weights by now, and only some adapters can be switched off."""
+    assert config.adapter.method is not None
+    is_off = config.adapter.method != "none" and not METHODS[config.adapter.method].no_off_switch
+    if is_resumed and not is_off and trainer.strategy.is_shared_out:
+        raise CheckpointError(
+            "the reference log-probabilities of this run are no longer in data.cache_dir, and the model is "
+            "not what it was when it began. Begin anew: run.resume=never and another run.name."
+        )
+    with adapter_off(trainer.model) if is_off else nullcontext():
+        found: Float32s = trainer.ask(rows, target_logps).float().cpu().numpy()
+    return found
+
+
+def reference_folder(config: Config, model_fingerprint: str, rows: AnswerRows) -> Path:
+    """Where what the model of this config says of these rows is kept."""
     decides = config.model.model_dump(
         include={"dtype", "quantization", "double_quantization", "rope_scaling"}
     )
@@ -64,7 +81,7 @@ def reference_key(config: Config, model_fingerprint: str, rows: AnswerRows) -> s
     digest = hashlib.sha256(json.dumps([decides, model_fingerprint], sort_keys=True).encode())
     digest.update(rows.examples.fingerprints().tobytes())
     digest.update(rows.row_starts.tobytes())
-    return digest.hexdigest()[:32]
+    return cache_dir(config) / f"reference-{digest.hexdigest()[:32]}"
 
 
 def planned_passes(plan: StepPlan, num_steps: int) -> Iterator[list[int]]:

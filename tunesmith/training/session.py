@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PrinterCallback, TrainerCallback
 
 from tunesmith.config import Config
 from tunesmith.config.preferences import PREFERENCES
 from tunesmith.data.encoding import Encoder
-from tunesmith.data.loading import Data, cache_dir
+from tunesmith.data.loading import Data
 from tunesmith.data.prepare import text_frame
 from tunesmith.data.rows import AnswerRows
 from tunesmith.data.token_bytes import token_bytes
@@ -50,16 +49,9 @@ from tunesmith.training.environment import versions
 from tunesmith.training.manifest import seal
 from tunesmith.training.objectives import Objective, Pack
 from tunesmith.training.passes import plan_passes
-from tunesmith.training.preference import target_logps
 from tunesmith.training.progress import Progress, ProgressLine
 from tunesmith.training.ranks import wait_for_all
-from tunesmith.training.reference import (
-    adapter_off,
-    ask_reference,
-    can_be_switched_off,
-    planned_passes,
-    reference_key,
-)
+from tunesmith.training.reference import ask_model, ask_reference, planned_passes, reference_folder
 from tunesmith.training.run_folder import RunFolder, read_metrics, write_json
 from tunesmith.training.saving import Saver
 from tunesmith.training.startup import Startup
@@ -178,32 +170,18 @@ class Session:
             self._ask_reference(start)
 
     def _ask_reference(self, start: Checkpoint | None) -> None:
-        trainer, config = self.trainer, self.config
-        is_off = can_be_switched_off(config)
-        # The engines that share a model out have given it the checkpoint's weights by now.
-        is_gone = not is_off and start is not None and trainer.strategy.is_shared_out
-
-        def ask(rows: Sequence[Any]) -> NDArray[np.float32]:
-            if is_gone:
-                raise CheckpointError(
-                    "the reference log-probabilities of this run are no longer in data.cache_dir, and the "
-                    "model is not what it was when it began. Begin anew: run.resume=never, another run.name."
-                )
-            with adapter_off(trainer.model) if is_off else nullcontext():
-                return trainer.ask(rows, target_logps).float().cpu().numpy()
-
-        for rows in (self.data.train, self.data.valid):
-            if rows is None or not isinstance(rows.rows, AnswerRows):
-                continue
-            key = reference_key(config, self.run.inputs["model"], rows.rows)
-            steps = planned_passes(self.plan, trainer.args.max_steps)
+        about = [(self.data.train, planned_passes(self.plan, self.trainer.args.max_steps))]
+        if self.data.valid is not None:
+            about.append((self.data.valid, iter(self.trainer.valid_passes())))
+        for rows, passes in about:
+            assert isinstance(rows.rows, AnswerRows)
             ask_reference(
                 rows.rows,
-                steps if rows is self.data.train else trainer.valid_passes(),
-                cache_dir(config) / f"reference-{key}",
-                ask,
-                rank=trainer.args.process_index,
-                ranks=trainer.args.world_size,
+                passes,
+                reference_folder(self.config, self.run.inputs["model"], rows.rows),
+                partial(ask_model, self.trainer, self.config, is_resumed=start is not None),
+                rank=self.trainer.args.process_index,
+                ranks=self.trainer.args.world_size,
                 say=self.progress.say,
             )
         self._startup.mark("reference log-probabilities")
