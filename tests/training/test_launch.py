@@ -387,3 +387,23 @@ def test_a_rank_that_is_late_is_named(tmp_path):
         "rank 0 (which says who else is late) did not come to, or did not let go of, the save of step 40 "
         "within 2 s\n"
     ), said
+
+
+@pytest.mark.long
+def test_the_deepspeed_launcher_starts_the_same_program(run_config, tmp_path):
+    """By another port for each process of a test run, since machines may run several."""
+    pytest.importorskip("deepspeed")
+    config = run_config(distributed={"strategy": "zero2"}, train={"max_steps": 3, "epochs": None})
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump(config | {"run": config["run"] | {"name": "launched"}}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
+    process = begin(*command, "--module", "tunesmith", "sft", file)
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, out + err
+    alone = tunesmith.sft(config | {"distributed": {"strategy": "ddp"}})
+    launched = read_metrics(alone.run.with_name("launched") / "metrics.jsonl")
+    expected = read_metrics(alone.run / "metrics.jsonl")
+    assert [line["loss"] for line in launched] == pytest.approx([line["loss"] for line in expected], rel=1e-5)
