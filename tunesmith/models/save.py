@@ -42,8 +42,8 @@ def write_artifact(
     readme: str,
     base: ModelConfig,
 ) -> None:
-    """Write the adapter (or the whole model), tokenizer, chat template, generation_config and model card into
-    an empty folder; of a quantised `base`, too, how it was.
+    """Write the adapter (or the whole model), tokenizer, chat template, generation_config (if it writes) and
+    model card into an empty folder; of a quantised `base`, too, how it was.
 
     `model` is unwrapped (no DDP), `weights` are those of `artifact_weights`. `stop_ids` end a generated
     answer, beside those the base model stops at. Raises OSError if they cannot be written."""
@@ -52,7 +52,8 @@ def write_artifact(
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(errno.EIO, str(error), str(folder)) from error
     tokenizer.save_pretrained(folder)
-    generation_config(model, tokenizer, stop_ids).save_pretrained(folder)
+    if model.can_generate():
+        generation_config(model, tokenizer, stop_ids).save_pretrained(folder)
     (folder / "README.md").write_text(readme, encoding="utf-8")
     write_base_settings(folder, base)
     for file in folder.iterdir():
