@@ -404,7 +404,7 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
     ),
     (
         ("model.config", "prefer.method", "run.recipe"),
-        lambda c: c.has_scalar_head and c.model.is_from_scratch,
+        lambda c: c.has_scalar_head and c.model.config is not None,
         "model.config asks for random weights, but prefer.method {c.prefer.method} puts a score on what a "
         "model has learnt. Name a trained one with model.path",
     ),

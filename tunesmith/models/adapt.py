@@ -65,9 +65,8 @@ def adapt_model(model: Any, config: Config, tokenizer: Any) -> Any:
     with warnings.catch_warnings():
         # PEFT says so of norms, which are what ln_tuning is for.
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
-        adapted: Any = get_peft_model(
-            model, peft_config(model, adapter, tokenizer, has_scalar_head=config.has_scalar_head)
-        )
+        peft = peft_config(model, adapter, tokenizer, has_scalar_head=config.has_scalar_head)
+        adapted: Any = get_peft_model(model, peft)
     _train_in_float32(adapted)
     if adapter.method == "pissa":
         split_base(adapted, largest_directions)

@@ -48,8 +48,8 @@ EVERYWHERE = Held()
 
 
 def shape_of(model_config: Any, dtype: torch.dtype, kind: Any = None, **options: Any) -> Any:
-    """The causal LM of a config, or the model that another auto class of transformers (`kind`) makes by it, with
-    memory set aside for its weights: none is taken until it is written to. `options` go to its
+    """The causal LM of a config, or the model that another auto class of transformers (`kind`) makes by it,
+    with memory set aside for its weights: none is taken until it is written to. `options` go to its
     `from_config`."""
     from transformers import AutoModelForCausalLM
 

@@ -24,7 +24,7 @@ from tunesmith.models.quantize import (
     quantization_config,
     stored_quantization,
 )
-from tunesmith.models.score import as_scorer, is_classifier
+from tunesmith.models.score import as_scorer, auto_class, is_classifier
 
 Say = Callable[[str], None]
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -51,27 +51,24 @@ def load_model(config: Config, tokenizer: Any, say: Say, held: Held = EVERYWHERE
 
 
 def _load_trained(config: Config, tokenizer: Any, say: Say, held: Held) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
     dtype, why = compute_dtype(config.model)
-    kind = AutoModelForSequenceClassification if config.has_scalar_head else AutoModelForCausalLM
+    kind = auto_class(config.has_scalar_head)
     is_trained = config.adapter.method == "none"
     assert config.model.path is not None  # the config's checks see to it
     say(f"model {config.model.path} in {str(dtype).removeprefix('torch.')}: {why}")
     _refuse_pickles(config.model.path)
     model_config = _load_model_config(config)
     scale_rope(model_config, config, say)
-    is_scorer = is_classifier(model_config)
+    is_scorer = is_classifier(model_config.architectures)
     if config.has_scalar_head:
         as_scorer(model_config, config.model.path)
-        say(
-            f"its score head {'is that of the model' if is_scorer else f'is drawn from seed {config.run.seed}'}"
-        )
+        origin = "goes on from the model's" if is_scorer else f"is drawn from seed {config.run.seed}"
+        say(f"its score head {origin}")
     elif is_scorer:
         raise ModelError(
-            f"model.path={config.model.path}: it is a sequence classifier, which gives scores and has no head "
-            "for next tokens. It goes on under `tunesmith prefer` with prefer.method reward; else take the "
-            "causal LM that it was made of."
+            f"model.path={config.model.path}: it is a sequence classifier, which gives scores and has no "
+            "head for next tokens. It goes on under `tunesmith prefer` with prefer.method reward; else take "
+            "the causal LM that it was made of."
         )
     options: dict[str, Any] = {}
     if config.model.attention != "auto":

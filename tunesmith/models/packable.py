@@ -123,7 +123,8 @@ def _without_prefix(model: Any, row: Sequence[Tensor]) -> Tensor:
 def _run(
     model: Any, segments: Sequence[Tensor], *, position_ids: Tensor | None = None, **layout: PackLayout
 ) -> Tensor:
-    """[segments, _LENGTH, V] float32 logits (or hidden states) of segments in one pass: those of `layout`, or one document."""
+    """[segments, _LENGTH, V] float32 logits (or hidden states) of segments in one pass: those of `layout`, or
+    one document."""
     if "layout" in layout:
         position_ids = layout["layout"].position_ids
     if position_ids is None:
@@ -138,7 +139,7 @@ def _run(
         use_cache=False,
         **layout,
     )
-    found: Tensor = (output.last_hidden_state if is_scorer else output.logits)[0]
+    found: Any = (output.last_hidden_state if is_scorer else output.logits)[0]
     return found.float().unflatten(0, (-1, _LENGTH))
 
 

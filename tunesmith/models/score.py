@@ -1,5 +1,5 @@
-"""A model that gives answers scores: a stock sequence classifier with one label, asked about several positions
-of a pass where transformers looks at the last token alone.
+"""A model that gives answers scores: a stock sequence classifier with one label, asked about several
+positions of a pass where transformers looks at the last token alone.
 
     backbone(pack) -> hidden [1, T, H] -> `score` at A positions -> [A]
 """
@@ -48,8 +48,8 @@ def ask_positions(model: Any) -> None:
     module = getattr(base, "score", None)
     if not isinstance(module, nn.Module):
         raise ModelError(
-            f"{type(base).__name__} has no head called `score`, as most sequence classifiers made of a causal "
-            "LM have; it cannot become a reward model here. Take a model of another architecture."
+            f"{type(base).__name__} has no head called `score`, as most sequence classifiers made of a "
+            "causal LM have; it cannot become a reward model here. Take a model of another architecture."
         )
     head = ScoreHead()
     module.forward = partial(_forward, module.forward, head)
@@ -70,17 +70,24 @@ def gives_scores(model: Any) -> bool:
     return _CLASS in type(list(inward(model))[-1]).__name__
 
 
-def is_classifier(model_config: Any) -> bool:
-    """Whether the weights that a config.json lies beside are a sequence classifier's."""
-    return any(name.endswith(_CLASS) for name in model_config.architectures or [])
+def auto_class(gives_scores: bool) -> Any:
+    """The auto class of transformers that loads it: a sequence classifier, or else a causal LM."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if gives_scores else AutoModelForCausalLM
+
+
+def is_classifier(architectures: Collection[str] | None) -> bool:
+    """Whether what a config.json calls so is a sequence classifier."""
+    return any(name.endswith(_CLASS) for name in architectures or ())
 
 
 def as_scorer(model_config: Any, path: str) -> None:
     """Have the config ask for one label. Raises ModelError for a classifier that has others."""
-    if is_classifier(model_config) and model_config.num_labels != 1:
+    if is_classifier(model_config.architectures) and model_config.num_labels != 1:
         raise ModelError(
-            f"model.path={path}: it tells {model_config.num_labels} labels apart, and a reward model gives one "
-            "score. Take the causal LM that it was made of."
+            f"model.path={path}: it tells {model_config.num_labels} labels apart, and a reward model gives "
+            "one score. Take the causal LM that it was made of."
         )
     model_config.num_labels = 1
 
