@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from crash.harness import scenario_config
 from peft import (
     AutoPeftModelForSequenceClassification,
     LoraConfig,
@@ -19,10 +20,11 @@ from peft import (
     get_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer, write_rows
+from tiny import conversations, tiny_tokenizer, write_rows
 from torch.nn.functional import logsigmoid
 from training.test_equivalence import losses_of
 from training.test_resume import metrics_without_times, same_files, stop_after
+from training.test_strategies import assert_same_course, each, train
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -385,6 +387,36 @@ def test_a_stopped_run_ends_with_the_same_weights(reward_config, monkeypatch, tm
     assert metrics_without_times(straight.run) == metrics_without_times(resumed.run)
 
 
+# --- ranks
+
+
+@pytest.mark.parametrize("method", ["lora", "none"])
+@pytest.mark.parametrize("strategy", each(["ddp", "fsdp", "zero2", "zero3"]))
+def test_two_processes_train_a_reward_model_as_one_does(driver, tmp_path, strategy, method):
+    """21 pairs, 4 a step: the last step has one, and a process nothing."""
+    adapter = {"method": "none"} if method == "none" else {"r": 4, "dropout": 0.0}
+    config = scenario_config({"adapter": adapter, "train": {"learning_rate": 1e-3}}, tmp_path)
+    config["data"] |= {
+        part: str(write_rows(tmp_path / f"{part}-pairs.jsonl", pairs(number)))
+        for part, number in (("train", 21), ("valid", 5))
+    }
+    config |= {"prefer": {"method": "reward"}}
+    config["run"] |= {"name": "alone", "recipe": "prefer"}
+    alone = train(driver, config, 1)
+    config["run"] |= {"name": strategy}
+    config["distributed"] = {"strategy": strategy}
+    shared = train(driver, config, 2)
+    assert_same_course(alone, shared, rel=1e-4)
+    for a, b in zip(*(read_metrics(run / "metrics.jsonl") for run in (alone, shared)), strict=True):
+        for key in ("reward_chosen", "reward_margin", "reward_accuracy", "eval_reward_margin"):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-3, abs=1e-5)
+    (one,), (other,) = ((run / "final").glob("*model.safetensors") for run in (alone, shared))
+    saved, expected = load_file(other), load_file(one)
+    assert saved.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (saved[name] - tensor).norm() <= 1e-3 * tensor.norm(), name
+
+
 # --- settings
 
 
@@ -458,7 +490,7 @@ def test_verbs_that_write_answers_refuse_a_reward_model(reward_config, tmp_path,
         ["chat", run],
         ["serve", run],
         ["generate", run, "--input", pairs_file, "--output", out],
-        ["eval", run, "--data", pairs_file],
+        ["eval", run, "--data", str(write_rows(tmp_path / "rows.jsonl", conversations(2)))],
         ["export", "gguf", run, "--out", out],
         ["export", "ollama", run, "--out", out],
         ["export", "hf", run, "--out", out],
