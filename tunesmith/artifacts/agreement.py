@@ -7,7 +7,7 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ _PROMPTS = (
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of two models, over `num_positions` predictions of `rows`.
+    """Of two models, over `num_positions` predictions of `rows`; of reward models (`unit` pair), over as many
+    pairs of rows, which of the two is better being what is predicted.
 
     max_logit_difference: of any logit. kl: mean Kullback-Leibler divergence from the first to the second, in
     nats a token. top1: share of positions with the same most likely token. effect_kl: the same mean from the
@@ -42,8 +43,15 @@ class Agreement:
     num_positions: int
     effect_kl: float | None
     rows: str
+    unit: Literal["token", "pair"] = "token"
 
     def line(self) -> str:
+        if self.unit == "pair":
+            return (
+                f"KL {self.kl:.2g} nats a pair, largest difference of a margin "
+                f"{self.max_logit_difference:.2g}, same preference in {100 * self.top1:.2f} % of "
+                f"{self.num_positions} pairs of rows of {self.rows}"
+            )
         effect = "" if self.effect_kl is None else f" (of the adapter's own effect: {self.effect_kl:.2g})"
         return (
             f"KL {self.kl:.2g} nats a token{effect}, largest difference of a logit "
@@ -86,6 +94,34 @@ def compare(
         effect_kl=effect,
         rows=name,
     )
+
+
+def compare_scores(
+    load_first: Callable[[], Any], load_second: Callable[[], Any], rows: Sequence[list[int]], name: str
+) -> Agreement:
+    """Both reward models' scores of the rows, called `name`, pair by pair: the first's is the probability
+    sigmoid(a - b) that row a is better than row b. The first is freed before the second is loaded."""
+    first = _scores(load_first(), rows)
+    gc.collect()
+    second = _scores(load_second(), rows)
+    pairs = torch.combinations(torch.arange(len(rows)))
+    a, b = first[pairs], second[pairs]
+    return Agreement(
+        max_logit_difference=float(((a[:, 0] - a[:, 1]) - (b[:, 0] - b[:, 1])).abs().max()),
+        kl=float(_kl(a, b).mean()),
+        top1=float((a.argmax(-1) == b.argmax(-1)).float().mean()),
+        num_positions=len(pairs),
+        effect_kl=None,
+        rows=name,
+        unit="pair",
+    )
+
+
+@torch.no_grad()
+def _scores(model: Any, rows: Sequence[list[int]]) -> Tensor:
+    """[rows] float32."""
+    found = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False) for row in rows]
+    return torch.cat([output.logits[:, 0].float().cpu() for output in found])
 
 
 @torch.no_grad()

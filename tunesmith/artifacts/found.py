@@ -14,6 +14,7 @@ from tunesmith.config import Config, ModelConfig, load_config
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.models.adapter_folder import read_adapter_config
 from tunesmith.models.save import BASE_SETTINGS
+from tunesmith.models.score import is_classifier
 
 Say = Callable[[str], None]
 _PARTS = ("best", "final")
@@ -34,6 +35,16 @@ class Found:
         return str(self.adapter) if self.adapter else self.base
 
     @property
+    def gives_scores(self) -> bool:
+        """Whether it is a reward model (or another sequence classifier), which writes nothing."""
+        if self.adapter is not None:
+            return read_adapter_config(self.adapter).get("task_type") == "SEQ_CLS"
+        file = Path(self.base) / "config.json"
+        return file.is_file() and is_classifier(
+            json.loads(file.read_text(encoding="utf-8")).get("architectures")
+        )
+
+    @property
     def base_settings(self) -> ModelConfig:
         """How the base was held while the adapter was trained: by its run's config, or by what lies beside an
         adapter that has left its run. Raises ModelError if that cannot be read."""
@@ -50,11 +61,12 @@ class Found:
             raise ModelError(f"{file} cannot be read: {first_line(error)}") from error
 
 
-def find_model(name: str, say: Say) -> Found:
+def find_model(name: str, say: Say, *, may_score: bool = False) -> Found:
     """Where the model lies: of a run `best/` if it has one, else `final/`; of an adapter or model its folder.
     What is no folder, nor looks like one, is a hub id.
 
-    Raises ModelError, with what is there, if the folder holds no model."""
+    Raises ModelError, with what is there, if the folder holds no model; and for a reward model unless it
+    `may_score`."""
     path = Path(name).expanduser()
     if path.is_file():
         raise ModelError(f"{name} is a file; expected the folder of a run, an adapter or a model.")
@@ -64,7 +76,13 @@ def find_model(name: str, say: Say) -> Found:
             raise ModelError(f"{name}: there is no such folder.{_near(path)}")
         return Found(name)
     folder = next((path / part for part in _PARTS if (path / part).is_dir()), path)
-    return replace(_model_in(folder), run=_run_config(path, say))
+    found = replace(_model_in(folder), run=_run_config(path, say))
+    if found.gives_scores and not may_score:
+        raise ModelError(
+            f"{name} is a reward model: it gives answers scores and writes none. docs/preference.md says how "
+            "transformers loads it; an adapter becomes a model of its own with `tunesmith merge`."
+        )
+    return found
 
 
 def run_folder(path: Path) -> Path | None:

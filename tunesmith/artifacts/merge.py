@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 
-from tunesmith.artifacts.agreement import Agreement, compare, real_rows
+from tunesmith.artifacts.agreement import Agreement, compare, compare_scores, real_rows
 from tunesmith.artifacts.combine import Combination, check_combination
 from tunesmith.artifacts.combined import combine_in_place, write_combined
 from tunesmith.artifacts.found import Found, Say, find_model, first_line
@@ -31,6 +31,7 @@ from tunesmith.artifacts.merged_weights import (
     Source,
     hollow_model,
     put_adapters,
+    with_score_head,
     write_shards,
 )
 from tunesmith.artifacts.stored import model_folder, stored_tensors
@@ -47,6 +48,7 @@ from tunesmith.errors import MergeError, ModelError
 from tunesmith.models.bottleneck import KIND as BOTTLENECK
 from tunesmith.models.devices import compute_dtype, default_device, free_memory_bytes
 from tunesmith.models.quantize import as_quantized, quantized_names, stored_quantization
+from tunesmith.models.score import auto_class
 from tunesmith.training import durable_files
 
 Base = Literal["dequantized", "original"]
@@ -100,7 +102,7 @@ def merge(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ModelError(f"--out {out}: something is there already. Name a new folder.")
     names = [str(models)] if isinstance(models, (str, Path)) else [str(model) for model in models]
-    founds = [find_model(name, say) for name in names]
+    founds = [find_model(name, say, may_score=True) for name in names]
     for name, found in zip(names, founds, strict=True):
         _check_mergeable(name, found)
     if len(founds) > 1:
@@ -169,13 +171,15 @@ class _Work:
             )
         text = self._settings.get_text_config()
         text.vocab_size = max(text.vocab_size, len(self._tokenizer))
+        if self._found.gives_scores:
+            self._settings.pad_token_id = text.pad_token_id = self._tokenizer.pad_token_id
 
     # --- writing
 
     def write_adapter(self, building: Path, out: Path) -> Merged:
         """The combination, as an adapter."""
         assert self._combination is not None
-        hollow = hollow_model(self._settings, self._trusts)
+        hollow = self._hollow_model()
         adapted, names = put_adapters(hollow, self._founds)
         share = write_combined(building, adapted, names, self._founds, self._combination)
         if share < 1:
@@ -218,19 +222,26 @@ class _Work:
     def _trusts(self) -> bool:
         return bool(source_options(self._found).get("trust_remote_code", False))
 
+    def _hollow_model(self) -> Any:
+        return hollow_model(self._settings, self._trusts, gives_scores=self._found.gives_scores)
+
     def _stream(self, building: Path, shard_bytes: int) -> tuple[torch.dtype, bool]:
         """Write the weights; returns their format and whether head and embedding are two tensors from now
         on."""
         if stored_quantization(self._settings) is not None:
             raise NeedsWholeModel("its weights are quantised as they are stored")
-        hollow = hollow_model(self._settings, self._trusts)
+        hollow = self._hollow_model()
         names = {id(module): name for name, module in hollow.named_modules()}
         ends = (hollow.get_input_embeddings(), hollow.get_output_embeddings())
         embeddings = frozenset(f"{names[id(module)]}.weight" for module in ends if module is not None)
+        stored = stored_tensors(model_folder(self._found))
+        if self._found.gives_scores:
+            assert self._found.adapter is not None
+            stored = with_score_head(stored, hollow, self._found.adapter)
         adapted, adapters = put_adapters(hollow, self._founds)
         is_quantised = self._held.quantization != "none"
         source = Source(
-            stored_tensors(model_folder(self._found)),
+            stored,
             self._quantized_names() if is_quantised else set(),
             partial(as_quantized, model=self._held, dtype=self._trained_dtype),
             self._trained_dtype if is_quantised else None,
@@ -245,7 +256,7 @@ class _Work:
         return largest.dtype, tensors.unties
 
     def _quantized_names(self) -> set[str]:
-        hollow = hollow_model(self._settings, self._trusts)
+        hollow = self._hollow_model()
         if any(type(module).__name__ == "Conv1D" for module in hollow.modules()):
             raise NeedsWholeModel("its matrices are stored transposed")
         return quantized_names(hollow, self._held, self._trained_dtype)
@@ -276,12 +287,15 @@ class _Work:
         if hasattr(settings, "quantization_config"):
             del settings.quantization_config
         settings.use_cache = True
+        if self._found.gives_scores:
+            settings.architectures = [type(self._hollow_model()).__name__]
         settings.dtype = dtype
         if unties:
             settings.tie_word_embeddings = False
         settings.save_pretrained(building)
         self._tokenizer.save_pretrained(building)
-        self._generation_config().save_pretrained(building)
+        if not self._found.gives_scores:
+            self._generation_config().save_pretrained(building)
         if self._trusts:
             for file in model_folder(self._found).glob("*.py"):
                 shutil.copy(file, building)
@@ -310,6 +324,8 @@ class _Work:
         )
         is_known = self._combination is None or self._combination.how == "linear"
         measure = partial(compare, rows=rows, name=name, with_effect=is_plain and is_known)
+        if self._found.gives_scores:
+            measure = partial(compare_scores, rows=rows, name=name)
         agreement = measure(partial(self._reference, self._held, computes), load_merged)
         self._say(f"against the adapter on its base: {agreement.line()}")
         if self._held.quantization != self._trained_as.quantization:
@@ -352,9 +368,7 @@ class _Work:
         return combine_in_place(model, names, self._combination).eval()
 
     def _load_merged(self, building: Path, computes: torch.dtype) -> Any:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
+        model = auto_class(self._found.gives_scores).from_pretrained(
             building, dtype=computes, use_safetensors=True, trust_remote_code=self._trusts
         )
         return model.to(default_device()).eval()
@@ -374,7 +388,8 @@ def _readme(out: Path, facts: dict[str, Any], agreement: Agreement) -> str:
     adapters = ", ".join(f"`{name}`" for name in facts["adapters"])
     held = "" if facts["base_held_in"] == "none" else f" dequantised from {facts['base_held_in']},"
     return (
-        f"---\nbase_model: {facts['base']}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        f"---\nbase_model: {facts['base']}\nlibrary_name: transformers\npipeline_tag: "
+        f"text-{'classification' if agreement.unit == 'pair' else 'generation'}\n"
         f"tags: [tunesmith, merged]\n---\n\n# {out.name}\n\n`{facts['base']}`,{held} with {adapters} merged "
         f"into it by tunesmith; weights in {facts['dtype']}.\n\nAgainst the adapter on its base: "
         f"{agreement.line()}.\n"

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from tunesmith.artifacts.combine import Combination, updates_of
 from tunesmith.artifacts.found import Found
-from tunesmith.artifacts.stored import StoredTensor
+from tunesmith.artifacts.stored import StoredTensor, tensors_of
 from tunesmith.errors import ModelError
 from tunesmith.models.devices import frugal_memory, steady_memory
-from tunesmith.models.save import WHOLE_MODEL, split_name
+from tunesmith.models.save import ADAPTER, WHOLE_MODEL, split_name
+from tunesmith.models.score import auto_class
 from tunesmith.training import durable_files
 from tunesmith.training.state_files import TensorFile
 
@@ -68,12 +69,10 @@ class Source:
         return value
 
 
-def hollow_model(settings: Any, trust_remote_code: bool) -> Any:
+def hollow_model(settings: Any, trust_remote_code: bool, *, gives_scores: bool = False) -> Any:
     """The architecture with tensors that have a shape but share one number."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(gives_scores).from_config(
             settings, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     for module in model.modules():
@@ -88,6 +87,18 @@ def hollow_model(settings: Any, trust_remote_code: bool) -> Any:
 def _hollow(like: Tensor) -> Tensor:
     # On the CPU, and not on meta: PEFT puts an adapter where its base layer is.
     return torch.zeros((), dtype=like.dtype).expand(like.shape)
+
+
+def with_score_head(stored: dict[str, StoredTensor], model: Any, adapter: Path) -> dict[str, StoredTensor]:
+    """The tensors of a reward model: its base's without the head for next tokens, and the adapter's head.
+    Raises NeedsWholeModel where the model has other names for them."""
+    names = model.state_dict().keys()
+    left = {name: tensor for name, tensor in stored.items() if not name.startswith("lm_head.")}
+    unknown = sorted(left.keys() - names)
+    if unknown:
+        raise NeedsWholeModel(f"{unknown[0]} has another name in a sequence classifier")
+    own = dict(tensors_of(adapter / ADAPTER))
+    return left | {name: own[f"base_model.model.{name}"] for name in names if name.startswith("score.")}
 
 
 def put_adapters(model: Any, founds: Sequence[Found]) -> tuple[Any, list[str]]:

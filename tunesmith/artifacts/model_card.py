@@ -31,6 +31,7 @@ def model_card(config: Config, data: Data, model: Any, step: int, metrics: dict[
             rope=rope if rope.get("rope_type", "default") != "default" else None,
             max_positions=getattr(model.config, "max_position_embeddings", None),
             is_adapter=config.adapter.method != "none",
+            gives_scores=config.has_scalar_head,
             is_ours=config.adapter.method == "bottleneck",
         )
     )

@@ -65,13 +65,14 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     found: dict[str, StoredTensor] = {}
     for name in files:
         try:
-            found |= {item: tensor for item, tensor in _tensors_of(folder / name)}
+            found |= {item: tensor for item, tensor in tensors_of(folder / name)}
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{folder / name}: cannot be read as safetensors: {error}") from error
     return found
 
 
-def _tensors_of(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+def tensors_of(file: Path) -> Iterator[tuple[str, StoredTensor]]:
+    """The tensors of one file with their names."""
     # https://huggingface.co/docs/safetensors, "Format"
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")

@@ -52,7 +52,8 @@ def finish_run(session: Session) -> dict[str, Any]:
         f"\n{kind}: {run.final}"
         + (f"   best (step {summary['best_step']}): {run.best}" if run.best.is_dir() else "")
     )
-    session.progress.say(f"chat with it: tunesmith chat {run.path}")
+    if not session.config.has_scalar_head:
+        session.progress.say(f"chat with it: tunesmith chat {run.path}")
     return summary
 
 

@@ -20,6 +20,7 @@ from tunesmith.models.adapter_folder import load_adapter
 from tunesmith.models.devices import compute_dtype, default_device
 from tunesmith.models.load import scale_rope
 from tunesmith.models.quantize import prepare_quantized, quantization_config, stored_quantization
+from tunesmith.models.score import as_scorer, auto_class
 
 
 @dataclass(frozen=True)
@@ -170,13 +171,11 @@ def load_base(
 ) -> Any:
     """The base model as an adapter was trained on it, on the fastest device: quantised if it was, with rows
     for the tokens that the run added (of which the adapter has the values)."""
-    from transformers import AutoModelForCausalLM
-
     settings, options = base_config(found, say), source_options(found)
     wanted = held or found.base_settings
     if wanted.quantization != "none":
         options["quantization_config"] = quantization_config(wanted, dtype)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = auto_class(found.gives_scores).from_pretrained(
         found.base, config=settings, dtype=dtype, use_safetensors=True, **options
     )
     if wanted.quantization != "none" or stored_quantization(settings) is not None:
@@ -193,6 +192,8 @@ def base_config(found: Found, say: Say) -> Any:
     from transformers import AutoConfig
 
     settings = AutoConfig.from_pretrained(found.base, **source_options(found))
+    if found.gives_scores:
+        as_scorer(settings, found.base)
     if found.run is not None:
         scale_rope(settings, found.run, say)
     return settings

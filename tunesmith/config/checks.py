@@ -397,6 +397,29 @@ CONTRADICTIONS: list[tuple[tuple[str, ...], Callable[[Config], bool], str]] = [
         "for word; evaluation reports how often the chosen one is preferred. Remove it",
     ),
     (
+        ("eval.prompts", "prefer.method", "run.recipe"),
+        lambda c: c.has_scalar_head and bool(c.eval.prompts),
+        "eval.prompts names texts to go on with, but prefer.method {c.prefer.method} makes a model that "
+        "gives scores and writes nothing. Remove it",
+    ),
+    (
+        ("model.config", "prefer.method", "run.recipe"),
+        lambda c: c.has_scalar_head and c.model.config is not None,
+        "model.config asks for random weights, but prefer.method {c.prefer.method} puts a score on what a "
+        "model has learnt. Name a trained one with model.path",
+    ),
+    (
+        ("adapter.method", "prefer.method", "run.recipe"),
+        lambda c: (
+            c.has_scalar_head
+            and METHODS[c.adapter.method or "lora"].packs
+            and c.adapter.method != "none"
+            and "modules_to_save" not in METHODS[c.adapter.method or "lora"].keys
+        ),
+        "adapter.method is {c.adapter.method}, which trains nothing beside itself, but prefer.method "
+        "{c.prefer.method} trains the score head in full. Use another method, such as lora",
+    ),
+    (
         ("train.batch_size", "prefer.method", "run.recipe"),
         lambda c: c.run.recipe == "prefer" and c.prefer.method == "kto" and c.train.batch_size < 2,
         "train.batch_size is {c.train.batch_size}, but prefer.method kto estimates a divergence from "

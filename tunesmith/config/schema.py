@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, m
 
 from tunesmith.config.checks import check_consistency, resolve_defaults
 from tunesmith.config.methods import MethodName
-from tunesmith.config.preferences import PreferenceName
+from tunesmith.config.preferences import PREFERENCES, PreferenceName
 
 Role = Literal["system", "user", "assistant", "tool"]
 Format = Literal[
@@ -510,6 +510,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    @property
+    def has_scalar_head(self) -> bool:
+        """Whether the model gives an answer a score, and the next token no probabilities."""
+        method = self.prefer.method or "dpo"
+        return self.run.recipe == "prefer" and PREFERENCES[method].has_scalar_head
 
     @model_validator(mode="after")
     def _resolve_and_check(self) -> Config:

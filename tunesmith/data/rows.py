@@ -67,6 +67,12 @@ class CachedRows:
         indices = self._dataset._indices
         return chunks, None if indices is None else indices.column(0).to_numpy().astype(np.int64)
 
+    def last_tokens(self) -> set[int]:
+        """The ids that examples end in."""
+        chunks, items = self.token_chunks()
+        last = np.concatenate([values[offsets[1:] - 1] for values, offsets in chunks])
+        return set(np.unique(last if items is None else last[items]).tolist())
+
     def fingerprints(self) -> NDArray[np.uint64]:
         return self.column("fingerprint")
 

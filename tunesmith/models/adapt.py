@@ -18,6 +18,7 @@ from tunesmith.models.devices import steady_memory
 from tunesmith.models.fuse import PIECES, fuse
 from tunesmith.models.held import EVERYWHERE, Held
 from tunesmith.models.load import load_model
+from tunesmith.models.score import ask_positions
 from tunesmith.models.split_base import split_base
 
 _FUSED = ("none", "lora", "rslora", "pissa", "olora", "loftq")
@@ -42,6 +43,8 @@ def build_model(
     elif config.adapter.method not in _FUSED:
         say(f"adapter.method {config.adapter.method} keeps its own forward; the fused one is LoRA's")
     fuse(model, pieces, held)
+    if config.has_scalar_head:
+        ask_positions(model)
     return model
 
 
@@ -62,7 +65,8 @@ def adapt_model(model: Any, config: Config, tokenizer: Any) -> Any:
     with warnings.catch_warnings():
         # PEFT says so of norms, which are what ln_tuning is for.
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
-        adapted: Any = get_peft_model(model, peft_config(model, adapter, tokenizer))
+        peft = peft_config(model, adapter, tokenizer, has_scalar_head=config.has_scalar_head)
+        adapted: Any = get_peft_model(model, peft)
     _train_in_float32(adapted)
     if adapter.method == "pissa":
         split_base(adapted, largest_directions)

@@ -19,18 +19,21 @@ from tunesmith.errors import ModelError
 _KEYS_AND_VALUES = ("k_proj", "v_proj", "key", "value", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
 
 
-def peft_config(model: Any, adapter: AdapterConfig, tokenizer: Any) -> Any:
-    """What PEFT's `get_peft_model` is given. Raises ModelError, with what exists, if a module or token of the
+def peft_config(model: Any, adapter: AdapterConfig, tokenizer: Any, *, has_scalar_head: bool = False) -> Any:
+    """What PEFT's `get_peft_model` is given; a scalar head, which PEFT knows by its name, is trained in full
+    beside the adapter. Raises ModelError, with what exists, if a module or token of the
     config does not."""
     _check_targets(model, adapter)
-    method, on_modules = adapter.method, {"modules_to_save": adapter.modules_to_save or None}
+    method, task = adapter.method, "SEQ_CLS" if has_scalar_head else "CAUSAL_LM"
+    # A list of its own: PEFT adds the head to it.
+    on_modules = {"modules_to_save": list(adapter.modules_to_save) or None}
     if method in _LORA_OPTIONS:
         from peft import LoraConfig
 
         if method in ("pissa", "olora", "loftq"):
             _check_decomposable(model, adapter)
         return LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=task,
             r=_number(adapter.r),
             lora_alpha=adapter.alpha,
             lora_dropout=adapter.dropout,
@@ -43,7 +46,7 @@ def peft_config(model: Any, adapter: AdapterConfig, tokenizer: Any) -> Any:
         from peft import AdaLoraConfig
 
         return AdaLoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=task,
             init_r=_initial_rank(_number(adapter.r)),
             target_r=_number(adapter.r),
             lora_alpha=adapter.alpha,
@@ -56,7 +59,7 @@ def peft_config(model: Any, adapter: AdapterConfig, tokenizer: Any) -> Any:
         from peft import VeraConfig
 
         return VeraConfig(
-            task_type="CAUSAL_LM",
+            task_type=task,
             r=_number(adapter.r),
             vera_dropout=adapter.dropout,
             target_modules=adapter.target_modules,
@@ -67,7 +70,7 @@ def peft_config(model: Any, adapter: AdapterConfig, tokenizer: Any) -> Any:
 
         _check_blocks(model, adapter)
         return OFTConfig(
-            task_type="CAUSAL_LM",
+            task_type=task,
             oft_block_size=_number(adapter.oft_block_size),
             module_dropout=adapter.dropout,
             target_modules=adapter.target_modules,
@@ -78,16 +81,16 @@ def peft_config(model: Any, adapter: AdapterConfig, tokenizer: Any) -> Any:
 
         targets, feedforward = _rescaled(model, adapter)
         return IA3Config(
-            task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=feedforward, **on_modules
+            task_type=task, target_modules=targets, feedforward_modules=feedforward, **on_modules
         )
     if method == "ln_tuning":
         from peft import LNTuningConfig
 
-        return LNTuningConfig(task_type="CAUSAL_LM", target_modules=_norms(model), **on_modules)
+        return LNTuningConfig(task_type=task, target_modules=_norms(model), **on_modules)
     if method == "trainable_tokens":
         from peft import TrainableTokensConfig
 
-        return TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=_token_ids(adapter, tokenizer))
+        return TrainableTokensConfig(task_type=task, token_indices=_token_ids(adapter, tokenizer))
     return _virtual_tokens(adapter)
 
 
@@ -160,11 +163,11 @@ def _matches(name: str, targets: str | Sequence[str]) -> bool:
 
 def _layers(model: Any) -> dict[str, Any]:
     """The linear layers but the output head and embeddings."""
-    head = model.get_output_embeddings()
+    heads = (model.get_output_embeddings(), getattr(model, "score", None))
     return {
         name: module
         for name, module in linear_layers(model).items()
-        if module is not head and not isinstance(module, nn.Embedding)
+        if module not in heads and not isinstance(module, nn.Embedding)
     }
 
 

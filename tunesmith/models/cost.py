@@ -10,6 +10,7 @@ import torch
 
 from tunesmith.models.fuse import loss_head
 from tunesmith.models.head import CHUNK_BYTES
+from tunesmith.models.score import gives_scores
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def activation_bytes(model: Any, tokens: int, dtype: torch.dtype) -> float:
     text = model.config.get_text_config()
     wide = 2 if dtype == torch.float32 else 1
     layers = 34.0 * wide * tokens * getattr(text, "hidden_size", 0) * getattr(text, "num_hidden_layers", 0)
-    logits = 12.0 * tokens * getattr(text, "vocab_size", 0)
+    logits = 0.0 if gives_scores(model) else 12.0 * tokens * getattr(text, "vocab_size", 0)
     return layers + (min(logits, 3.0 * CHUNK_BYTES) if loss_head(model) else logits)
 
 

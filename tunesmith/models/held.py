@@ -47,13 +47,14 @@ class Held:
 EVERYWHERE = Held()
 
 
-def shape_of(model_config: Any, dtype: torch.dtype, **options: Any) -> Any:
-    """The causal LM of a config with memory set aside for its weights: none is taken until it is written to.
-    `options` go to transformers' `from_config`."""
+def shape_of(model_config: Any, dtype: torch.dtype, kind: Any = None, **options: Any) -> Any:
+    """The causal LM of a config, or the model that another auto class of transformers (`kind`) makes by it,
+    with memory set aside for its weights: none is taken until it is written to. `options` go to its
+    `from_config`."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, **options)
+        model = (kind or AutoModelForCausalLM).from_config(model_config, dtype=dtype, **options)
     model = model.to_empty(device="cpu")
     model.tie_weights()
     return model

@@ -24,6 +24,7 @@ from tunesmith.models.quantize import (
     quantization_config,
     stored_quantization,
 )
+from tunesmith.models.score import as_scorer, auto_class, is_classifier
 
 Say = Callable[[str], None]
 _PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -31,8 +32,8 @@ _LOOKED_AT, _PLACE_BYTES = 64, 4096  # places of a weights file that its fingerp
 
 
 def load_model(config: Config, tokenizer: Any, say: Say, held: Held = EVERYWHERE) -> Any:
-    """The causal LM of `model.path` or `model.config`, ready to be adapted: embeddings as large as the
-    tokenizer, cache off.
+    """The causal LM of `model.path` or `model.config`, or the sequence classifier that is made of it where
+    answers are to be given scores, ready to be adapted: embeddings as large as the tokenizer, cache off.
 
     Weights that will be trained in full are float32, all others in the compute format. Raises ModelError if
     there is no such model, or its weights are pickles."""
@@ -50,15 +51,25 @@ def load_model(config: Config, tokenizer: Any, say: Say, held: Held = EVERYWHERE
 
 
 def _load_trained(config: Config, tokenizer: Any, say: Say, held: Held) -> Any:
-    from transformers import AutoModelForCausalLM
-
     dtype, why = compute_dtype(config.model)
+    kind = auto_class(config.has_scalar_head)
     is_trained = config.adapter.method == "none"
     assert config.model.path is not None  # the config's checks see to it
     say(f"model {config.model.path} in {str(dtype).removeprefix('torch.')}: {why}")
     _refuse_pickles(config.model.path)
     model_config = _load_model_config(config)
     scale_rope(model_config, config, say)
+    is_scorer = is_classifier(model_config.architectures)
+    if config.has_scalar_head:
+        as_scorer(model_config, config.model.path)
+        origin = "goes on from the model's" if is_scorer else f"is drawn from seed {config.run.seed}"
+        say(f"its score head {origin}")
+    elif is_scorer:
+        raise ModelError(
+            f"model.path={config.model.path}: it is a sequence classifier, which gives scores and has no "
+            "head for next tokens. It goes on under `tunesmith prefer` with prefer.method reward; else take "
+            "the causal LM that it was made of."
+        )
     options: dict[str, Any] = {}
     if config.model.attention != "auto":
         options["attn_implementation"] = config.model.attention
@@ -79,7 +90,7 @@ def _load_trained(config: Config, tokenizer: Any, say: Say, held: Held) -> Any:
     }
     try:
         if held.here:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = kind.from_pretrained(
                 config.model.path,
                 config=model_config,
                 use_safetensors=True,
@@ -87,7 +98,7 @@ def _load_trained(config: Config, tokenizer: Any, say: Say, held: Held) -> Any:
                 **options,
             )
         else:
-            model = shape_of(model_config, **options)
+            model = shape_of(model_config, kind=kind, **options)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"model.path={config.model.path}: cannot be loaded: {_short(error)}") from error
     if stored is not None or config.model.quantization != "none":

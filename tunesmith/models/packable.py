@@ -15,7 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tunesmith.models.fuse import inward
 from tunesmith.models.layout import PackLayout, Segment
+from tunesmith.models.score import gives_scores
 
 Packing = Literal["tree", "flat", "none"]
 
@@ -121,19 +123,24 @@ def _without_prefix(model: Any, row: Sequence[Tensor]) -> Tensor:
 def _run(
     model: Any, segments: Sequence[Tensor], *, position_ids: Tensor | None = None, **layout: PackLayout
 ) -> Tensor:
-    """[segments, _LENGTH, V] float32 logits of segments in one pass: those of `layout`, or one document."""
+    """[segments, _LENGTH, V] float32 logits (or hidden states) of segments in one pass: those of `layout`, or
+    one document."""
     if "layout" in layout:
         position_ids = layout["layout"].position_ids
     if position_ids is None:
         position_ids = torch.arange(_LENGTH * len(segments))
     device = model.get_input_embeddings().weight.device
-    output = model(
+    # What gives one score for a row is asked for the hidden states that it is made of.
+    is_scorer = gives_scores(model)
+    asked = list(inward(model))[-1].base_model if is_scorer else model
+    output = asked(
         input_ids=torch.cat(list(segments))[None].to(device),
         position_ids=position_ids[None].to(device),
         use_cache=False,
         **layout,
     )
-    return output.logits[0].float().unflatten(0, (-1, _LENGTH))
+    found: Any = (output.last_hidden_state if is_scorer else output.logits)[0]
+    return found.float().unflatten(0, (-1, _LENGTH))
 
 
 def _tokens(model: Any, count: int, seed: int = 0) -> list[Tensor]:

@@ -24,12 +24,12 @@ from tunesmith.models.bottleneck import bottleneck_config, bottleneck_tensors
 from tunesmith.models.split_base import as_lora, restore_start, start_of
 from tunesmith.models.virtual_tokens import has_virtual_tokens
 
-_ADAPTER, WHOLE_MODEL = "adapter_model.safetensors", "model.safetensors"
+ADAPTER, WHOLE_MODEL = "adapter_model.safetensors", "model.safetensors"
 _METHOD_STATE = "adapter_state.safetensors"  # what a method has beside its weights, where it has any
 # Beside an adapter whose base was quantised: how, since PEFT's own file does not say.
 BASE_SETTINGS = "tunesmith.json"
 # One of these is in every checkpoint.
-WEIGHTS = (_ADAPTER, WHOLE_MODEL)
+WEIGHTS = (ADAPTER, WHOLE_MODEL)
 
 
 def write_artifact(
@@ -42,8 +42,8 @@ def write_artifact(
     readme: str,
     base: ModelConfig,
 ) -> None:
-    """Write the adapter (or the whole model), tokenizer, chat template, generation_config and model card into
-    an empty folder; of a quantised `base`, too, how it was.
+    """Write the adapter (or the whole model), tokenizer, chat template, generation_config (if it writes) and
+    model card into an empty folder; of a quantised `base`, too, how it was.
 
     `model` is unwrapped (no DDP), `weights` are those of `artifact_weights`. `stop_ids` end a generated
     answer, beside those the base model stops at. Raises OSError if they cannot be written."""
@@ -52,7 +52,8 @@ def write_artifact(
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(errno.EIO, str(error), str(folder)) from error
     tokenizer.save_pretrained(folder)
-    generation_config(model, tokenizer, stop_ids).save_pretrained(folder)
+    if model.can_generate():
+        generation_config(model, tokenizer, stop_ids).save_pretrained(folder)
     (folder / "README.md").write_text(readme, encoding="utf-8")
     write_base_settings(folder, base)
     for file in folder.iterdir():
@@ -87,7 +88,7 @@ def artifact_weights(
 
 def _save_pretrained(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
     if (config := bottleneck_config(model)) is not None:
-        save_file(weights, folder / _ADAPTER, metadata={"format": "pt"})
+        save_file(weights, folder / ADAPTER, metadata={"format": "pt"})
         (folder / "adapter_config.json").write_bytes(_as_json(config))
     elif (start := start_of(model)) is not None:
         from peft import get_peft_model_state_dict
@@ -96,7 +97,7 @@ def _save_pretrained(folder: Path, model: Any, weights: dict[str, Tensor]) -> No
         state = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
         plain, state = as_lora(model.peft_config["default"], state, start)
         plain.inference_mode = True
-        save_file(state, folder / _ADAPTER, metadata={"format": "pt"})
+        save_file(state, folder / ADAPTER, metadata={"format": "pt"})
         plain.save_pretrained(str(folder))
     elif hasattr(model, "peft_config"):
         _absolute_base_path(model)
@@ -130,7 +131,7 @@ def checkpoint_weights(model: Any) -> tuple[str, dict[str, Tensor], dict[str, by
     precision, and the config that lets stock PEFT or transformers load it too. The tensors are the model's
     own, not copies. (Of virtual tokens it is the network that makes them, which stock PEFT does not load.)"""
     if (described := bottleneck_config(model)) is not None:
-        return _ADAPTER, bottleneck_tensors(model), {"adapter_config.json": _as_json(described)}
+        return ADAPTER, bottleneck_tensors(model), {"adapter_config.json": _as_json(described)}
     if hasattr(model, "peft_config"):
         _absolute_base_path(model)
         with _all_ranks(model):
@@ -138,7 +139,7 @@ def checkpoint_weights(model: Any) -> tuple[str, dict[str, Tensor], dict[str, by
         files = {"adapter_config.json": _as_json(config)}
         if state := _method_state(model):
             files[_METHOD_STATE] = save(state)
-        return _ADAPTER, _adapter_tensors(model), files
+        return ADAPTER, _adapter_tensors(model), files
     config = copy.deepcopy(model.config)
     config.use_cache = True  # off for training only
     config.architectures = [stock_class(model).__name__]

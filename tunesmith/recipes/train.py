@@ -3,6 +3,7 @@ which rows, how they become examples, and what is trained."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +13,15 @@ from typing import Any
 from tunesmith.artifacts.model_card import model_card
 from tunesmith.artifacts.summary import finish_run
 from tunesmith.config import Config
-from tunesmith.data.loading import load_data
+from tunesmith.data.loading import Data, load_data
+from tunesmith.data.rows import AnswerRows
 from tunesmith.data.tokenizer import load_tokenizer
 from tunesmith.models.adapt import build_model
 from tunesmith.models.devices import default_device
+from tunesmith.models.score import name_padding
 from tunesmith.training.environment import inputs
 from tunesmith.training.objectives import NextToken, Objective
-from tunesmith.training.preference import PreferenceObjective
+from tunesmith.training.preference import PreferenceObjective, RewardObjective
 from tunesmith.training.progress import Progress
 from tunesmith.training.reference import adapter_off
 from tunesmith.training.run_folder import RunFolder
@@ -57,6 +60,8 @@ def train(config: Config, startup: Startup | None) -> RunResult:
         held = who_holds(config)
         model = build_model(config, tokenizer, progress.say, held=held)
         startup.mark("model load, adapter, fuse")
+        if config.has_scalar_head:
+            _name_padding(model, tokenizer, data, progress.say)
         card = partial(model_card, config, data, model)
         objective = _objective(config, tokenizer)
         session = Session(
@@ -88,9 +93,20 @@ def _objective(config: Config, tokenizer: Any) -> Objective:
     """What each pass is asked to lower."""
     if config.run.recipe != "prefer":
         return NextToken(config.train.label_smoothing, config.train.z_loss)
+    if config.has_scalar_head:
+        return RewardObjective(config.prefer)
     if config.prefer.reference != "live":
         return PreferenceObjective(config.prefer)
     if config.adapter.method != "none":
         return PreferenceObjective(config.prefer, adapter_off)
     frozen = build_model(config, tokenizer, lambda _: None).requires_grad_(False).eval().to(default_device())
     return PreferenceObjective(config.prefer, lambda _: nullcontext(frozen))
+
+
+def _name_padding(model: Any, tokenizer: Any, data: Data, say: Callable[[str], None]) -> None:
+    """Let the model that is saved find the ends of padded rows."""
+    ends: set[int] = set()
+    for rows in (data.train, data.valid):
+        if rows is not None and isinstance(rows.rows, AnswerRows):
+            ends |= rows.rows.examples.last_tokens()
+    say(f"rows are padded with {name_padding(model, tokenizer, ends)}, which no answer ends in")

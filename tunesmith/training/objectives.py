@@ -68,6 +68,13 @@ def next_token_loss(
     return prediction_losses(model, pack, label_smoothing=label_smoothing, z_loss=z_loss).sum()
 
 
+def model_inputs(pack: Pack) -> dict[str, Any]:
+    """What the model is given of a pack."""
+    inputs = {key: pack[key] for key in ("input_ids", "position_ids")} | {"use_cache": False}
+    # A prefix tree; models without attention for one need not know the keyword.
+    return inputs if pack["layout"] is None else inputs | {"layout": pack["layout"]}
+
+
 def prediction_losses(
     model: Any, pack: dict[str, Any], *, label_smoothing: float = 0.0, z_loss: float = 0.0
 ) -> Tensor:
@@ -80,15 +87,7 @@ def prediction_losses(
     positions, targets, weights = pack["positions"], pack["targets"], pack["weights"]
     if not len(positions):
         positions, targets, weights = (tensor.new_zeros(1) for tensor in (positions, targets, weights))
-    inputs = {
-        "input_ids": pack["input_ids"],
-        "position_ids": pack["position_ids"],
-        "use_cache": False,
-        "logits_to_keep": positions,
-    }
-    # A prefix tree; models without attention for one need not know the keyword.
-    if pack["layout"] is not None:
-        inputs["layout"] = pack["layout"]
+    inputs = model_inputs(pack) | {"logits_to_keep": positions}
     head = loss_head(model)
     if head is not None:
         return head(model, targets, weights, label_smoothing=label_smoothing, z_loss=z_loss, **inputs)

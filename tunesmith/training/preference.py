@@ -1,5 +1,5 @@
-"""The objective of preference tuning: log-probabilities of answers from a pack, and what a loss makes of
-them.
+"""The objectives of preference tuning: log-probabilities or scores of answers from a pack, and what a loss
+makes of them.
 
 M targets of A answers, which are of N rows.
 """
@@ -16,9 +16,10 @@ from torch import Tensor
 from tunesmith.config.preferences import PREFERENCES
 from tunesmith.config.schema import PreferConfig
 from tunesmith.losses.kto import kl_estimate
-from tunesmith.losses.preference import Labelled, Pairs, loss_of
+from tunesmith.losses.preference import Judged, Labelled, Pairs, Scored, loss_of
+from tunesmith.models.score import score_head
 from tunesmith.packing.answers import collate_answers_flat
-from tunesmith.training.objectives import Outcome, Pack, prediction_losses
+from tunesmith.training.objectives import Outcome, Pack, model_inputs, prediction_losses
 
 Figures = dict[str, tuple[Tensor, Tensor]]
 # (model) -> the reference model, while the context lasts.
@@ -87,13 +88,9 @@ class PreferenceObjective:
             ),
             self._settings,
         )
-        margins = judged.chosen_rewards - judged.rejected_rewards
         logps = logps.detach()
         return judged.losses.sum(), {
-            "reward_chosen": _mean(judged.chosen_rewards),
-            "reward_rejected": _mean(judged.rejected_rewards),
-            "reward_margin": _mean(margins),
-            "reward_accuracy": _mean((margins > 0).float()),
+            **_reward_figures(judged),
             "logp_chosen": _mean(logps[chosen]),
             "logp_rejected": _mean(logps[rejected]),
             "logp_accuracy": _mean((logps[chosen] > logps[rejected]).float()),
@@ -126,6 +123,40 @@ class PreferenceObjective:
             raise ValueError("rows whose reference log-probabilities are not known, and no reference model")
         with torch.no_grad(), self._reference(model) as reference:
             return target_logps(reference, pack)
+
+
+class RewardObjective:
+    """What a method asks of each pass that has the model give answers scores: that of an answer is the one at
+    its last token."""
+
+    def __init__(self, settings: PreferConfig) -> None:
+        assert settings.method is not None
+        self._settings = settings
+        self._loss = loss_of(settings.method)
+
+    def begin(self, model: Any, packs: Iterable[Pack], over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """A pass needs to know of no other."""
+
+    def __call__(self, model: Any, pack: Pack) -> Outcome:
+        scores = answer_scores(model, pack)
+        chosen, rejected = pack["sides"] == 0, pack["sides"] == 1
+        judged = self._loss(Scored(scores[chosen], scores[rejected], pack["margins"][chosen]), self._settings)
+        return Outcome(judged.losses.sum(), _reward_figures(judged))
+
+
+def answer_scores(model: Any, pack: Pack) -> Tensor:
+    """[A] score of each answer, float32."""
+    return score_head(model)(model, pack["ends"], **model_inputs(pack))
+
+
+def _reward_figures(judged: Judged) -> Figures:
+    margins = judged.chosen_rewards - judged.rejected_rewards
+    return {
+        "reward_chosen": _mean(judged.chosen_rewards),
+        "reward_rejected": _mean(judged.rejected_rewards),
+        "reward_margin": _mean(margins),
+        "reward_accuracy": _mean((margins > 0).float()),
+    }
 
 
 def _of_answers(values: Tensor, pack: Pack) -> Tensor:
