@@ -365,6 +365,14 @@ def test_a_reward_model_is_no_base_for_fine_tuning(run_config, reward_config):
         tunesmith.sft(run_config(model={"path": str(final)}, run={"name": "s"}))
 
 
+def test_what_is_trained_beside_the_adapter_stays_as_the_config_says(reward_config):
+    """PEFT adds the score head to the list that it is given."""
+    result = tunesmith.prefer(reward_config(adapter={"modules_to_save": ["norm"]}))
+    assert load_config(result.run / "config.yaml").adapter.modules_to_save == ["norm"]
+    saved = load_file(result.final / "adapter_model.safetensors")
+    assert {"base_model.model.model.norm.weight", "base_model.model.score.weight"} <= saved.keys()
+
+
 # --- checkpoints
 
 
