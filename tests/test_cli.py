@@ -27,6 +27,7 @@ TUNESMITH = str(Path(sys.executable).with_name("tunesmith"))
 VERBS = [
     "sft",
     "pretrain",
+    "prefer",
     "launch",
     "prepare",
     "preview",

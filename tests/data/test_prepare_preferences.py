@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -326,21 +325,22 @@ def loaded(folder: Path, tokenizer: Any, rows: list[Any], recipe: str = "prefer"
     file = folder / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     tokenizer.save_pretrained(folder / "model")
-    values = {"train": str(file), "cache_dir": str(folder / "cache"), **data}
-    config = Config.model_validate(
-        {"run": {"recipe": recipe}, "model": {"path": str(folder / "model")}, "data": values}
-    )
-    return load_data(config, tokenizer)
+    values = {
+        "run": {"recipe": recipe},
+        "model": {"path": str(folder / "model")},
+        "data": {"train": str(file), "cache_dir": str(folder / "cache"), **data},
+    }
+    if recipe == "prefer" and "label" in rows[0]:
+        values["prefer"] = {"method": "kto"}
+    return load_data(Config.model_validate(values), tokenizer)
 
 
 def rows_of(data: Any) -> list[list[tuple[int, float]]]:
     """(side, margin) of the examples of each row of a RowSet."""
-    starts = data.row_starts.tolist()
-    found = []
-    for start, end in pairwise(starts):
-        examples = [data.rows[i].examples[0] for i in range(start, end)]
-        found.append([(example.side, example.margin) for example in examples])
-    return found
+    return [
+        [(example.side, example.margin) for example in data.rows[row].examples]
+        for row in range(data.num_rows)
+    ]
 
 
 def test_each_pair_is_a_row_and_the_cache_gives_sides_and_margins_back(
