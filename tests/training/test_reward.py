@@ -398,7 +398,7 @@ def test_a_stopped_run_ends_with_the_same_weights(reward_config, monkeypatch, tm
 # --- ranks
 
 
-@pytest.mark.parametrize("method", ["lora", "none"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("none", marks=pytest.mark.long)])
 @pytest.mark.parametrize("strategy", each(["ddp", "fsdp", "zero2", "zero3"]))
 def test_two_processes_train_a_reward_model_as_one_does(driver, tmp_path, strategy, method):
     """21 pairs, 4 a step: the last step has one, and a process nothing."""
